@@ -1,0 +1,164 @@
+"""What `anyshard ckpt ls|show|verify` print: the checkpoints of a run, without torch and without a device."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED
+from anyshard.trainer.checkpoint import catalog
+from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Commit, Manifest
+
+
+def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
+    """List the checkpoints of a run (or of a directory of them), newest first; those that are not sound say why.
+
+    Returns:
+        0, also when some are damaged; 1 when there are none.
+    """
+    directories = (Path(run_or_dir), Path(run_or_dir) / "checkpoints")
+    found = [each for directory in directories for each in catalog.list_checkpoints(directory)]
+    rows = [_row(each) for each in found]
+    if as_json:
+        print(json.dumps(rows))
+    elif rows:
+        table = Table("step", "created", "saved under", "size", "state", title=str(run_or_dir), title_justify="left")
+        for row in rows:
+            state = "damaged" if row["problem"] else "complete"
+            table.add_row(str(row["step"]), row["created"], row["layout"], _size(row["num_bytes"]), state)
+        console = Console()
+        console.print(table)
+        for row in rows:
+            if row["problem"]:
+                console.print(f"step {row['step']}: {row['problem']}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        Console(stderr=True).print(f"{run_or_dir}: no checkpoints", highlight=False)
+    return EXIT_DONE if rows else EXIT_FAILED
+
+
+def _row(found: catalog.Found) -> dict[str, Any]:
+    row = {"step": found.step, "path": str(found.path), "created": "", "layout": "", "num_bytes": 0, "problem": found.problem}
+    if found.problem is None:
+        commit = catalog.read_commit(found.path)
+        num_bytes = sum(file.stat().st_size for file in found.path.iterdir())
+        row |= {"created": commit.created, "layout": _layout(commit.layout), "num_bytes": num_bytes}
+    return row
+
+
+def show(path: Path, *, as_json: bool = False) -> int:
+    """Describe a checkpoint (or the newest of a run): where it comes from and what it holds.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = catalog.resolve(Path(path))
+    commit = catalog.read_commit(path)
+    manifests = catalog.read_manifests(path, commit)
+    content = _content(path, commit, manifests)
+    if as_json:
+        print(json.dumps(content))
+        return EXIT_DONE
+    console = Console()
+    facts = Table("", "", title=str(path), title_justify="left", show_header=False)
+    for name in ("step", "created", "layout", "versions", "optimizer", "groups", "engine", "meta"):
+        value = content[name]
+        facts.add_row(name, _words(value) if isinstance(value, Mapping) else str(value))
+    console.print(facts)
+    states = Table("state", "dtype", "tensors", "elements", "size")
+    for state in content["states"]:
+        states.add_row(state["key"], state["dtype"], str(state["tensors"]), f"{state['numel']:,}", _size(state["num_bytes"]))
+    console.print(states)
+    tensors = Table("tensor", "shape", "states")
+    for tensor in content["tensors"]:
+        tensors.add_row(tensor["name"], " x ".join(map(str, tensor["shape"])) or "scalar", ", ".join(tensor["keys"]))
+    console.print(tensors)
+    return EXIT_DONE
+
+
+def _content(path: Path, commit: Commit, manifests: list[Manifest]) -> dict[str, Any]:
+    tensors: dict[str, dict[str, Any]] = {}
+    states: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"tensors": 0, "numel": 0, "num_bytes": 0})
+    for (name, key), chunks in catalog.index_chunks(manifests).items():
+        tensor = chunks[0].tensor
+        tensors.setdefault(name, {"name": name, "shape": list(tensor.shape), "keys": []})["keys"].append(key)
+        sums = states[key, tensor.dtype]
+        sums["tensors"] += 1
+        sums["numel"] += tensor.numel
+        sums["num_bytes"] += sum(chunk.nbytes for chunk in chunks)
+    order = {PARAM: 0, BUFFER: 2}
+    return {
+        "path": str(path),
+        "step": commit.step,
+        "created": commit.created,
+        "layout": commit.layout,
+        "versions": commit.versions,
+        "optimizer": commit.optimizer["class"],
+        "groups": commit.optimizer["groups"],
+        "engine": commit.engine,
+        "meta": commit.meta,
+        "tied": commit.tied,
+        "states": [
+            {"key": key, "dtype": dtype, **sums}
+            for (key, dtype), sums in sorted(states.items(), key=lambda item: (order.get(item[0][0], 1), item[0]))
+        ],
+        "tensors": list(tensors.values()),
+    }
+
+
+def verify(path: Path, *, as_json: bool = False) -> int:
+    """Check every byte of a checkpoint (or of the newest of a run) against its checksums.
+
+    Returns:
+        0 when it is whole, 1 when anything is damaged; the damages are listed.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    path = catalog.resolve(Path(path))
+    if as_json:
+        damages = catalog.verify(path)
+        print(json.dumps({"path": str(path), "damages": [vars(damage) for damage in damages]}))
+        return EXIT_FAILED if damages else EXIT_DONE
+    console = Console()
+    columns = (TextColumn(f"verifying {path.name}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("verify", total=None)
+        damages = catalog.verify(path, lambda done, total: progress.update(task, completed=done, total=total))
+    if not damages:
+        console.print(f"{path}: every byte is as it was written", highlight=False, soft_wrap=True)
+        return EXIT_DONE
+    for damage in damages:
+        console.print(f"{path}: {damage}", highlight=False, soft_wrap=True, markup=False)
+    return EXIT_FAILED
+
+
+def _layout(layout: Mapping[str, Any]) -> str:
+    offloaded = [
+        f"{key.removeprefix('offload_')} on {tier}"
+        for key, tier in layout.items()
+        if key.startswith("offload_") and tier != "none"
+    ]
+    axes = [
+        f"{axis} {layout[axis]}" for axis in ("dp", "tp", "pp", "sp") if axis in layout and (axis == "dp" or layout[axis] != 1)
+    ]
+    return ", ".join([*axes, f"ZeRO {layout.get('zero')}", *offloaded])
+
+
+def _words(value: Mapping[str, Any]) -> str:
+    text = "\n".join(f"{key}: {json.dumps(item) if not isinstance(item, str) else item}" for key, item in value.items())
+    return text or "-"
+
+
+def _size(num_bytes: int) -> str:
+    size, units = float(num_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.4g} {unit}"

@@ -1,0 +1,216 @@
+"""The `anyshard` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from anyshard import __version__
+from anyshard.configs.errors import EXIT_CONFIG, AnyshardError
+
+app = typer.Typer(
+    name="anyshard",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode=None,
+    help="Distributed training over DeepSpeed: composed with Hydra, planned before it starts, resumable on any other layout.",
+)
+ckpt_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints and check them.", rich_markup_mode=None)
+runs_app = typer.Typer(no_args_is_help=True, help="Look at runs, stop them, draw them.", rich_markup_mode=None)
+config_app = typer.Typer(no_args_is_help=True, help="Groups, choices and keys of the configuration.", rich_markup_mode=None)
+app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(runs_app, name="runs")
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(help="Hydra overrides: zero=z3 data.sequence_length=1024 experiment=llama3_8b_8xh100", show_default=False),
+]
+ConfigDir = Annotated[Optional[Path], typer.Option(help="Folder with configuration files of your own.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, plan and print what would run; write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunDir = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+Target = Annotated[
+    Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint directory.", metavar="RUN|CHECKPOINT")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    dry_run: DryRun = False,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="One run for each combination: zero=z1,z2 seed=1,2.")
+    ] = False,
+) -> None:
+    """Compose a configuration, check and plan it, freeze it in a run directory and start its ranks."""
+    from anyshard.launch import train as command
+
+    run = command.sweep if multirun else command.train
+    raise typer.Exit(run(overrides or [], config_dir=config_dir, dry_run=dry_run))
+
+
+@app.command()
+def plan(overrides: Overrides = None, config_dir: ConfigDir = None, as_json: AsJson = False) -> None:
+    """Parameters, memory of a rank, batch arithmetic and the DeepSpeed configuration, before anything starts."""
+    from anyshard.launch import plan as command
+
+    raise typer.Exit(command.run(overrides or [], config_dir=config_dir, as_json=as_json))
+
+
+@app.command()
+def resume(
+    run: RunDir,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Accept overrides that change the mathematics of the run.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Continue a run, on the same layout or another (parallel, zero, offload, launch), to other lengths and intervals."""
+    from anyshard.launch import train as command
+
+    raise typer.Exit(command.resume(run, overrides or [], force=force, dry_run=dry_run))
+
+
+@app.command()
+def doctor(
+    dist: Annotated[bool, typer.Option("--dist", help="Run a collective on all ranks of this host.")] = False,
+    nproc: Annotated[Optional[int], typer.Option(help="Ranks of --dist.", show_default="one per GPU, or 2")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, accelerators, operators, limits, disk, wandb."""
+    from anyshard.launch.doctor import doctor as command
+
+    raise typer.Exit(command(dist=dist, as_json=as_json, nproc=nproc))
+
+
+@ckpt_app.command("ls")
+def ckpt_ls(path: Target, as_json: AsJson = False) -> None:
+    """List the checkpoints of a run: step, age, size, layout."""
+    from anyshard.launch import ckpt
+
+    raise typer.Exit(ckpt.ls(path, as_json=as_json))
+
+
+@ckpt_app.command("show")
+def ckpt_show(path: Target, as_json: AsJson = False) -> None:
+    """What a checkpoint holds."""
+    from anyshard.launch import ckpt
+
+    raise typer.Exit(ckpt.show(path, as_json=as_json))
+
+
+@ckpt_app.command("verify")
+def ckpt_verify(path: Target, as_json: AsJson = False) -> None:
+    """Check every byte of a checkpoint against its checksums."""
+    from anyshard.launch import ckpt
+
+    raise typer.Exit(ckpt.verify(path, as_json=as_json))
+
+
+@runs_app.command("ls")
+def runs_ls(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List runs: state, step, loss, tokens/s, last checkpoint."""
+    from anyshard.launch import runs
+
+    raise typer.Exit(runs.ls(folder, as_json=as_json))
+
+
+@runs_app.command("tail")
+def runs_tail(
+    run: RunDir, lines: Annotated[int, typer.Option("--lines", "-n", help="Lines to begin with.")] = 10, follow: bool = True
+) -> None:
+    """Follow the metrics of a run."""
+    from anyshard.launch import runs
+
+    raise typer.Exit(runs.tail(run, lines=lines, follow=follow))
+
+
+@runs_app.command("stop")
+def runs_stop(run: RunDir) -> None:
+    """Ask a run to stop after the present step, with a save (exit code 75)."""
+    from anyshard.launch import runs
+
+    raise typer.Exit(runs.ask(run, "STOP"))
+
+
+@runs_app.command("save")
+def runs_save(run: RunDir) -> None:
+    """Ask a run to save after the present step and go on."""
+    from anyshard.launch import runs
+
+    raise typer.Exit(runs.ask(run, "SAVE"))
+
+
+@runs_app.command("plot")
+def runs_plot(
+    run: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
+    out: Annotated[
+        Optional[Path],
+        typer.Option("--out", "-o", help="PNG to write.", show_default="RUN/curves.png, or runs.png for several"),
+    ] = None,
+) -> None:
+    """Draw loss, throughput, memory and checkpoint stalls of one or several runs."""
+    from anyshard.launch import runs
+
+    raise typer.Exit(runs.plot(run, out))
+
+
+@config_app.command("ls")
+def config_ls(
+    group: Annotated[Optional[str], typer.Argument(help="Say what each choice of this group is.", show_default=False)] = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """List the groups and the choices of each."""
+    from anyshard.launch import config
+
+    config.ls(group, config_dir=config_dir)
+
+
+@config_app.command("show")
+def config_show(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from a run without overrides.")] = False,
+) -> None:
+    """Print the configuration that these overrides make."""
+    from anyshard.launch import config
+
+    config.show(overrides or [], config_dir=config_dir, changed=changed)
+
+
+@config_app.command("explain")
+def config_explain(
+    key: Annotated[Optional[str], typer.Argument(help="A key or a group; none lists all keys.", show_default=False)] = None,
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Tell what a key does, its range and default, and which file or override sets it."""
+    from anyshard.launch import config
+
+    config.explain(key, overrides or [], config_dir=config_dir)
+
+
+def main() -> None:
+    """Run the command line; an error of ours ends with its message and exit code, without a traceback."""
+    try:
+        app()
+    except AnyshardError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if error.exit_code == EXIT_CONFIG:
+            print("Nothing was started.", file=sys.stderr)
+        sys.exit(error.exit_code)

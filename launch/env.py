@@ -1,0 +1,60 @@
+"""What this host has, found without importing torch, and the environment that ranks are given."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from functools import lru_cache
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Accelerators and memory of this host."""
+
+    num_gpus: int
+    gpu_name: str | None
+    gpu_memory_gib: float | None
+    host_memory_gib: float
+    num_cores: int
+
+
+@lru_cache(maxsize=1)
+def find_hardware() -> Hardware:
+    """Look at this host: GPUs through NVML (CUDA_VISIBLE_DEVICES is honoured), memory and cores through psutil."""
+    names, sizes = _find_gpus()
+    return Hardware(
+        num_gpus=len(names),
+        gpu_name=names[0] if names else None,
+        gpu_memory_gib=min(sizes) if sizes else None,
+        host_memory_gib=psutil.virtual_memory().total / 2**30,
+        num_cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def _find_gpus() -> tuple[list[str], list[float]]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return [], []  # no driver on this host
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        handles = handles[: len([part for part in visible.split(",") if part.strip()])]
+    names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    return names, [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+
+
+def is_port_free(port: int) -> bool:
+    """Whether nothing listens on this TCP port here."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

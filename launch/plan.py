@@ -1,0 +1,282 @@
+"""What a run will be, before anything starts: parameters, bytes per rank, batch arithmetic, the DeepSpeed JSON.
+
+The parameter table comes from the meta device in a child process, since nothing here imports torch, and is cached by the
+fingerprint of the model's configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from anyshard.configs import rules, schema
+from anyshard.configs.compose import compose
+from anyshard.configs.errors import ConfigError, LaunchError, PlanError
+from anyshard.configs.world import dp_size, resolve_world
+from anyshard.launch.env import find_hardware
+from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory
+from anyshard.trainer.batch import BatchPlan, plan_batch
+from anyshard.trainer.data.vocabulary import tokenizer_ids
+from anyshard.trainer.ds_config import compile_ds_config, merged_overrides
+from anyshard.trainer.flops import flops_per_token
+from anyshard.trainer.models.param_table import ParamTable, read_answer, request
+from anyshard.trainer.optim.states import state_bytes_per_param
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as planned.
+
+    Attributes:
+        memory: bytes of one rank by kind.
+        device_limit_bytes, host_limit_bytes: memory of one device, and one rank's share of its node's memory.
+        flops_per_token: of a forward and backward pass.
+    """
+
+    config: schema.Config
+    table: ParamTable
+    batch: BatchPlan
+    memory: Memory
+    ds_config: dict[str, Any]
+    device_limit_bytes: float
+    host_limit_bytes: float
+    flops_per_token: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of one rank fits its device and its share of the host."""
+        return self.memory.device_bytes <= self.device_limit_bytes and self.memory.host_bytes <= self.host_limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to plan.json."""
+        return {
+            "num_params": self.table.num_params,
+            "world_size": self.batch.dp,
+            "batch": asdict(self.batch),
+            "memory_bytes_per_rank": self.memory.to_dict(),
+            "device_limit_bytes": self.device_limit_bytes,
+            "host_limit_bytes": self.host_limit_bytes,
+            "fits": self.fits,
+            "flops_per_token": self.flops_per_token,
+        }
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the plan for people."""
+        console = console or Console()
+        for table in (self._summary(), self._memory_table(console.is_terminal), self._largest_parameters()):
+            console.print(table)
+        for key, ours, theirs in merged_overrides(self.config, self.batch):
+            console.print(f"deepspeed_extra overrides {key}: {ours!r} -> {theirs!r}", markup=False)
+
+    def _summary(self) -> Table:
+        config, batch, model = self.config, self.batch, self.table
+        table = Table(title=f"plan of {config.run.name}", show_header=False, title_justify="left")
+        tokens = batch.global_batch_size * config.data.sequence_length
+        rows = [
+            (
+                "model",
+                f"{config.model.name}, {model.num_params:,} parameters, {model.num_layers} layers, hidden {model.hidden_size}",
+            ),
+            (
+                "ranks",
+                f"{config.launch.nodes} nodes x {config.launch.procs_per_node} = dp {batch.dp}, ZeRO {config.zero.stage}",
+            ),
+            ("offload", f"optimizer {config.offload.optimizer.value}, parameters {config.offload.param.value}"),
+            ("precision", f"{config.precision.dtype.value}, masters fp32"),
+            (
+                "batch",
+                str(batch),
+            ),
+            ("tokens", f"{tokens:,} per step, {tokens * config.train.max_steps:,} in {config.train.max_steps:,} steps"),
+            (
+                "compute",
+                f"{self.flops_per_token / 1e9:.3g} GFLOP per token, {self.flops_per_token * tokens / 1e12:.4g} TFLOP per step",
+            ),
+            ("checkpoint", f"{self.table.num_params * (4 + _state_bytes(config)) / GIB:.2f} GiB each"),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def _memory_table(self, color: bool) -> Table:
+        memory = self.memory
+        table = Table(title="memory of one rank, GiB", title_justify="left")
+        for column in ("kind", "device", "host"):
+            table.add_column(column, justify="left" if column == "kind" else "right")
+        kinds = [
+            ("weights", memory.weights, memory.params_on_host),
+            ("gradients", memory.gradients, memory.optimizer_on_host),
+            ("optimizer (masters and states)", memory.optimizer, memory.optimizer_on_host),
+            ("activations", memory.activations, False),
+            ("logits and loss", memory.logits, False),
+        ]
+        for kind, size, on_host in kinds:
+            cells = ("", f"{size / GIB:.2f}") if on_host else (f"{size / GIB:.2f}", "")
+            table.add_row(kind, *cells)
+        table.add_section()
+        table.add_row("total", f"{memory.device_bytes / GIB:.2f}", f"{memory.host_bytes / GIB:.2f}")
+        table.add_row("there is", f"{self.device_limit_bytes / GIB:.2f}", f"{self.host_limit_bytes / GIB:.2f}")
+        table.caption = "fits" if self.fits else "does NOT fit"
+        table.caption_style = "green" if self.fits else "bold red"
+        table.caption_justify = "left"
+        return table
+
+    def _largest_parameters(self, limit: int = 8) -> Table:
+        table = Table(title=f"parameters: {len(self.table.params)} tensors, the largest", title_justify="left")
+        table.add_column("name")
+        table.add_column("shape")
+        table.add_column("elements", justify="right")
+        for param in sorted(self.table.params, key=lambda p: -p.numel)[:limit]:
+            table.add_row(param.name, " x ".join(map(str, param.shape)), f"{param.numel:,}")
+        return table
+
+
+def plan(config: schema.Config) -> Plan:
+    """Plan a configuration. Needs no GPU and no process group; the model is never built with memory.
+
+    Raises:
+        ConfigError: the configuration makes no model, or the data's sequences or vocabulary are too large for it.
+        PlanError: the batch cannot be divided.
+    """
+    config = resolve_world(config, find_hardware().num_gpus)
+    rules.require(config)
+    table = param_table(config)
+    ids = tokenizer_ids(config.data.tokenizer)
+    problems = list(rules.check_dimensions(config, table.max_positions, table.vocab_size or None, ids))
+    if problems:
+        raise ConfigError(problems)
+    dp = dp_size(config)
+    assert dp is not None, "rules.require accepted a world that cannot be divided"
+    batch = plan_batch(config.train, dp)
+    shape = ModelShape(
+        num_params=table.num_trainable,
+        num_layers=table.num_layers,
+        hidden_size=table.hidden_size,
+        intermediate_size=table.intermediate_size * max(1, table.experts_per_token),
+        vocab_size=table.vocab_size,
+    )
+    layout = Layout(
+        dp=dp,
+        stage=config.zero.stage,
+        dtype=config.precision.dtype.value,
+        state_bytes=_state_bytes(config),
+        optimizer_on_host=config.offload.optimizer is schema.Device.cpu,
+        params_on_host=config.offload.param is schema.Device.cpu,
+    )
+    recompute = config.train.activation_checkpointing
+    memory = plan_memory(
+        shape,
+        layout,
+        micro_batch_size=batch.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        recompute=recompute,
+    )
+    device_limit, host_limit = _limits(config)
+    return Plan(
+        config=config,
+        table=table,
+        batch=batch,
+        memory=memory,
+        ds_config=compile_ds_config(config, batch),
+        device_limit_bytes=device_limit,
+        host_limit_bytes=host_limit,
+        flops_per_token=flops_per_token(table, config.data.sequence_length, recompute=recompute),
+    )
+
+
+def _state_bytes(config: schema.Config) -> int:
+    """Optimizer state of one element; a plugin's optimizer counts as AdamW."""
+    size = state_bytes_per_param(config.optimizer.name, momentum=config.optimizer.momentum)
+    return 8 if size is None else size
+
+
+def _limits(config: schema.Config) -> tuple[float, float]:
+    """Bytes of one device and of one rank's share of its host. Without accelerators both are that share."""
+    hardware = find_hardware()
+    host_gib = (config.cluster.host_memory_gib or hardware.host_memory_gib) / int(config.launch.procs_per_node)
+    device_gib = config.cluster.device_memory_gib or hardware.gpu_memory_gib or host_gib
+    return device_gib * GIB, host_gib * GIB
+
+
+def param_table(config: schema.Config) -> ParamTable:
+    """The model's parameter table, from the cache or from a child process.
+
+    Raises:
+        ConfigError: the configuration makes no model.
+        LaunchError: the child process died.
+    """
+    data = config.data
+    if config.model.builder == "hf":  # it looks at nothing else of the data: other data is answered from the cache
+        data = schema.Data(sequence_length=data.sequence_length)
+    question = request(config.model, data)
+    local = Path(config.model.path).exists() if config.model.path else False
+    key = hashlib.blake2b(f"{question} {version('transformers')}".encode(), digest_size=16).hexdigest()
+    cached = cache_dir() / "params" / f"{key}.json"
+    if cached.exists() and not local:  # a local path may hold another model tomorrow
+        return ParamTable.from_json(cached.read_text())
+    child = subprocess.run(
+        [sys.executable, "-m", "anyshard.trainer.models.table"], input=question, capture_output=True, text=True, check=False
+    )
+    if not child.stdout.strip():
+        raise LaunchError(f"the model could not be looked at:\n{child.stderr.strip()}")
+    table = read_answer(child.stdout)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(f".{os.getpid()}")
+    temporary.write_text(table.to_json())
+    temporary.replace(cached)
+    return table
+
+
+def cache_dir() -> Path:
+    """`$ANYSHARD_CACHE`, or ~/.cache/anyshard."""
+    return Path(os.environ.get("ANYSHARD_CACHE", "~/.cache/anyshard")).expanduser()
+
+
+def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool) -> int:
+    """`anyshard plan`; returns 0 when it fits.
+
+    Raises:
+        PlanError: it does not fit.
+    """
+    config = compose(overrides, config_dir=config_dir)
+    planned = plan(config)
+    if as_json:
+        import json
+
+        print(json.dumps({**planned.to_dict(), "ds_config": planned.ds_config}, indent=2))
+    else:
+        planned.show()
+    if not planned.fits:
+        raise PlanError(advice(planned))
+    return 0
+
+
+def advice(planned: Plan) -> str:
+    """What to do about a plan that does not fit."""
+    need, have = planned.memory.device_bytes / GIB, planned.device_limit_bytes / GIB
+    config, knobs = planned.config, []
+    if not config.train.activation_checkpointing and planned.memory.activations > planned.memory.device_bytes / 4:
+        knobs.append("train.activation_checkpointing=true")
+    if config.train.micro_batch_size > 1:
+        knobs.append(f"train.micro_batch_size={max(1, config.train.micro_batch_size // 2)}")
+    if config.zero.stage < 3 and planned.batch.dp > 1:
+        knobs.append("zero=z3")
+    if config.offload.optimizer is schema.Device.none:
+        knobs.append("offload=cpu")
+    elif config.offload.param is schema.Device.none:
+        knobs.append("zero=z3 offload=cpu_param")
+    knobs.append("more ranks")
+    if planned.memory.host_bytes > planned.host_limit_bytes:
+        need, have = planned.memory.host_bytes / GIB, planned.host_limit_bytes / GIB
+        return f"one rank needs {need:.1f} GiB of host memory and has {have:.1f}: use fewer ranks a node, or more nodes."
+    return f"one rank needs {need:.1f} GiB and has {have:.1f}: try, in order of cost, {', '.join(knobs)}."

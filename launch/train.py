@@ -1,0 +1,112 @@
+"""From overrides to running ranks: compose, check, plan, freeze, start."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from anyshard.configs import frozen, rules, schema
+from anyshard.configs.compose import compose
+from anyshard.configs.compose import sweep as sweep_jobs
+from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
+from anyshard.configs.registry import lookup
+from anyshard.configs.resume import override_frozen
+from anyshard.configs.world import resolve_world
+from anyshard.configs.writing import write_file
+from anyshard.launch.env import find_hardware
+from anyshard.launch.inputs import check_inputs
+from anyshard.launch.plan import Plan, plan
+from anyshard.launch.runs import read_events
+from anyshard.launch.spec import build_spec
+from anyshard.trainer.checkpoint.catalog import list_checkpoints
+
+
+def train(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -> int:
+    """`anyshard train`; returns the exit code.
+
+    Raises:
+        ConfigError: with every problem that was found; nothing was written.
+    """
+    return start(compose(overrides, config_dir=config_dir), overrides, dry_run=dry_run)
+
+
+def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, force: bool = False) -> int:
+    """Check, plan, freeze and start a composed configuration."""
+    config = resolve_world(config, find_hardware().num_gpus)
+    rules.require(config)
+    run_dir = frozen.run_dir_of(config)
+    frozen.check_run_dir(config, run_dir, force=force)
+    if config.launch.name == "local":
+        check_inputs(config)
+    planned = plan(config)
+    backend = lookup("launch", config.launch.name, key="launch.name")()
+    spec = build_spec(config, run_dir, find_hardware())
+    backend.check(spec)
+    if dry_run:
+        planned.show()
+        print(backend.render(spec).text())
+        return EXIT_DONE
+    freeze(config, overrides, planned, run_dir)
+    sys.stdout.flush()
+    code = int(backend.submit(spec))
+    if code != EXIT_DONE:
+        print(_how_to_go_on(config, run_dir, code), file=sys.stderr)
+    return code
+
+
+def _how_to_go_on(config: schema.Config, run_dir: Path, code: int) -> str:
+    """What is left after an early end: the last good checkpoint, and the command that goes on from it."""
+    damaged = {event["path"] for event in read_events(run_dir) if event["event"] == "checkpoint_damaged"}
+    found = list_checkpoints(frozen.checkpoint_dir_of(config))
+    sound = [each.path for each in found if each.problem is None and str(each.path) not in damaged]
+    command = f"anyshard resume {run_dir}" + ("" if config.resume == "auto" else " resume=auto")
+    if sound:
+        return f"The last good checkpoint is {sound[0]}. Go on with: {command}"
+    if code != EXIT_REQUEUE and not frozen.has_progress(run_dir, config):
+        return f"Nothing was trained. Put it right and start again; run.dir={run_dir} can be used again."
+    return f"There is no checkpoint yet. Start again with: {command}"
+
+
+def sweep(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -> int:
+    """`anyshard train -m`: one whole launch after the other; returns the first exit code that is not 0.
+
+    All configurations are composed and checked before the first run starts.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    folder = Path("multirun") / f"{datetime.now():%Y%m%d-%H%M%S}"
+    jobs = [
+        [f"run.dir={folder / str(number)}", *job] for number, job in enumerate(sweep_jobs(overrides, config_dir=config_dir))
+    ]
+    configs = [resolve_world(compose(job, config_dir=config_dir), find_hardware().num_gpus) for job in jobs]
+    for config in configs:
+        rules.require(config)
+    worst = EXIT_DONE
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        print(f"run {number + 1} of {len(jobs)}: {' '.join(job[1:])}", flush=True)
+        worst = worst or start(config, job, dry_run=dry_run)
+    return worst
+
+
+def freeze(config: schema.Config, overrides: Sequence[str], planned: Plan, run_dir: Path) -> None:
+    """Write what the ranks read and what people look up later."""
+    frozen.freeze(config, overrides, run_dir)
+    write_file(run_dir / "ds_config.json", json.dumps(planned.ds_config, indent=2) + "\n")
+    write_file(run_dir / "plan.json", json.dumps(planned.to_dict(), indent=2) + "\n")
+    write_file(run_dir / "env.json", json.dumps(frozen.environment(), indent=2) + "\n")
+
+
+def resume(run_dir: Path, overrides: Sequence[str], *, force: bool, dry_run: bool) -> int:
+    """`anyshard resume`: the frozen configuration with other lengths, intervals or layout; returns the exit code.
+
+    Raises:
+        ConfigError: an override would change the mathematics of the run and `force` is off.
+    """
+    config = override_frozen(run_dir, overrides, force=force)
+    if not dry_run:
+        (run_dir / "STOP").unlink(missing_ok=True)
+    return start(config, overrides, dry_run=dry_run, force=force)

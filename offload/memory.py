@@ -1,0 +1,129 @@
+"""How many bytes a rank needs, by kind and tier: pure arithmetic over a parameter count and a layout.
+
+Model states follow the ZeRO paper: with Psi parameters, mixed precision and Adam they are 2 Psi of weights, 2 Psi of
+gradients and K Psi = 12 Psi of optimizer state (fp32 master, two moments); stage 1 divides the last by dp, stage 2 the
+gradients too, stage 3 the weights too.
+
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC'20, section 3 and
+table 1. Activations: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", MLSys'23, eq. 1
+and 2, without the score matrix that fused attention never stores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory depends on.
+
+    Attributes:
+        num_params: trainable elements, tied ones once.
+        intermediate_size: width of the feed-forward layer (summed over the experts that a token visits).
+    """
+
+    num_params: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is divided over what.
+
+    Attributes:
+        state_bytes: optimizer state of one element beside its master (8 for AdamW).
+        optimizer_on_host, params_on_host: offloaded to CPU memory.
+    """
+
+    dp: int
+    stage: int
+    dtype: str
+    state_bytes: int
+    optimizer_on_host: bool = False
+    params_on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by kind, and which of them are in host memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    optimizer_on_host: bool
+    params_on_host: bool
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the accelerator."""
+        total = self.activations + self.logits
+        total += 0 if self.params_on_host else self.weights
+        # gradients follow the optimizer: what it consumes on the host is copied there as it is made
+        return total + (0 if self.optimizer_on_host else self.optimizer + self.gradients)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in CPU memory because of offload."""
+        return (self.weights if self.params_on_host else 0) + (self.optimizer + self.gradients if self.optimizer_on_host else 0)
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """For plan.json."""
+        return {**asdict(self), "device_bytes": self.device_bytes, "host_bytes": self.host_bytes}
+
+
+def model_state_bytes(num_params: int, layout: Layout) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer state of one rank.
+
+    With fp32 training DeepSpeed keeps a separate fp32 master from stage 1 on; at stage 0 the weights are the master.
+    """
+    size = BYTES[layout.dtype]
+    master = 0 if layout.dtype == "fp32" and layout.stage == 0 else 4
+    optimizer = (master + layout.state_bytes) * num_params
+    return (
+        size * num_params / (layout.dp if layout.stage >= 3 else 1),
+        size * num_params / (layout.dp if layout.stage >= 2 else 1),
+        optimizer / (layout.dp if layout.stage >= 1 else 1),
+    )
+
+
+def activation_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, recompute: bool) -> int:
+    """Bytes of activations kept for the backward pass of one micro-batch.
+
+    One layer keeps, per token: the inputs of both norms and of both blocks (4 h), q, k, v and the attention output (4 h), and
+    the feed-forward inputs (3 f for a gated one). With recomputation only each layer's input, and one whole layer at a time.
+    """
+    tokens, size = micro_batch_size * sequence_length, BYTES[dtype]
+    layer = tokens * size * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    if recompute:
+        return shape.num_layers * tokens * size * shape.hidden_size + layer
+    return shape.num_layers * layer
+
+
+def logits_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str) -> int:
+    """Bytes of the logits at the end of the forward pass: as computed, in fp32 for the loss, and its gradient."""
+    return micro_batch_size * sequence_length * shape.vocab_size * (BYTES[dtype] + 4 + 4)
+
+
+def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, sequence_length: int, recompute: bool) -> Memory:
+    """Bytes of one rank by kind. Leaves out the framework's own (a CUDA context and NCCL take 1 to 2 GiB) and buckets."""
+    weights, gradients, optimizer = model_state_bytes(shape.num_params, layout)
+    return Memory(
+        weights=round(weights),
+        gradients=round(gradients),
+        optimizer=round(optimizer),
+        activations=activation_bytes(
+            shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype, recompute=recompute
+        ),
+        logits=logits_bytes(shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype),
+        optimizer_on_host=layout.optimizer_on_host,
+        params_on_host=layout.params_on_host,
+    )

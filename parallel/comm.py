@@ -1,0 +1,127 @@
+"""From an environment to a process group: which rank this is, and how it talks to the others.
+
+Called once by `trainer/fit.py`. Everything that communicates afterwards takes its group as an argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from anyshard.configs.errors import EnvError
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """What a launcher tells a rank."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def discover(environ: Mapping[str, str]) -> RankEnv:
+    """Read the rank from the environment that torchrun (or plain variables) sets; none of it means one process.
+
+    Raises:
+        EnvError: the variables contradict each other, or only some of them are set.
+    """
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return RankEnv(0, 0, 1, 1, "127.0.0.1", free_port())
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if missing:
+        raise EnvError(
+            f"{', '.join(missing)} not set although RANK or WORLD_SIZE is: start the ranks with torchrun, or set all four."
+        )
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    if not 0 <= rank < world_size:
+        raise EnvError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks are 0 to {world_size - 1}.")
+    return RankEnv(
+        rank,
+        int(environ.get("LOCAL_RANK", rank)),
+        world_size,
+        int(environ.get("LOCAL_WORLD_SIZE", world_size)),
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def device_of(env: RankEnv) -> torch.device:
+    """The accelerator of this rank, or the CPU.
+
+    Raises:
+        EnvError: this node has fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if env.local_rank >= torch.cuda.device_count():
+        raise EnvError(
+            f"local rank {env.local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
+            f"Set launch.procs_per_node={torch.cuda.device_count()}, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU."
+        )
+    torch.cuda.set_device(env.local_rank)
+    return torch.device("cuda", env.local_rank)
+
+
+def init_distributed(env: RankEnv, device: torch.device, *, timeout_s: float) -> None:
+    """Start torch.distributed and DeepSpeed's wrapper over it: NCCL on GPUs, gloo on CPUs.
+
+    Collective: every rank calls it; it blocks until all have, or `timeout_s` has passed.
+
+    Raises:
+        EnvError: the other ranks could not be reached.
+    """
+    import deepspeed  # a second of imports that `discover` should not pay
+
+    os.environ.update(
+        RANK=str(env.rank),
+        LOCAL_RANK=str(env.local_rank),
+        WORLD_SIZE=str(env.world_size),
+        MASTER_ADDR=env.master_addr,
+        MASTER_PORT=str(env.master_port),
+    )
+    try:
+        # DeepSpeed prints the names of operators that it loads; standard output is for people
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{env.master_addr}:{env.master_port}"
+        first = str(error).splitlines()[0]
+        raise EnvError(
+            f"the ranks could not meet at {where} (MASTER_ADDR:MASTER_PORT): {first} Choose another port with launch.port."
+        ) from error
+
+
+def control_group(env: RankEnv, *, timeout_s: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for decisions and checkpoints, apart from the training collectives; None when alone.
+
+    Collective: every rank calls it, in the same order as other group creations; it blocks.
+    """
+    if env.world_size == 1:
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return group

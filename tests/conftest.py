@@ -1,0 +1,23 @@
+"""What every test has: the rank pools end with the session, and nothing is read from a hub or sent to a service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from helpers.ranks import close_pools
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pools() -> Iterator[None]:
+    yield
+    close_pools()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew")

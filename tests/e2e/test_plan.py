@@ -1,0 +1,72 @@
+"""`anyshard plan`: every experiment of ours composes, plans and fits its hardware; what does not fit says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.cli import anyshard
+
+from anyshard import compose, plan
+from anyshard.configs.errors import ConfigError, LaunchError
+from anyshard.launch import plan as planning
+from anyshard.offload.memory import GIB
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_plans_and_fits_its_hardware(experiment):
+    planned = plan(compose([f"experiment={experiment}"]))
+    world = planned.config.launch.nodes * planned.config.launch.procs_per_node
+    assert planned.batch.dp == world
+    assert planned.ds_config["train_batch_size"] == planned.batch.global_batch_size
+    assert planned.fits, planning.advice(planned)
+    if experiment.endswith("h100"):
+        assert experiment.endswith(f"{world}xh100")
+        assert planned.device_limit_bytes / GIB == pytest.approx(80, abs=2)
+
+
+def test_the_numbers_of_a_known_case():
+    """Llama 3 8B, ZeRO 3 over 8 ranks in bf16: 2 + 2 + 12 bytes of each of 8.03e9 parameters, divided by 8."""
+    planned = plan(compose(["experiment=llama3_8b_8xh100", "zero=z3", "launch.nodes=1"]))
+    states = planned.memory.weights + planned.memory.gradients + planned.memory.optimizer
+    assert planned.table.num_params == 8_030_261_248
+    assert states == pytest.approx(16 * 8_030_261_248 / 8, rel=1e-6)
+
+
+def test_json_and_exit_code(tmp_path):
+    done = anyshard("plan", "debug=smoke", "launch.procs_per_node=2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["batch"]["dp"] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_says_what_to_do(tmp_path):
+    done = anyshard("plan", "experiment=llama3_8b_8xh100", "zero=z1", "train.activation_checkpointing=false", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "does NOT fit" in done.stdout
+    assert "zero=z3" in done.stderr
+    assert "train.activation_checkpointing=true" in done.stderr
+
+
+def test_host_memory_counts_too():
+    overrides = ["experiment=llama3_8b_8xh100", "zero=z3", "offload=cpu_param", "cluster.host_memory_gib=64"]
+    planned = plan(compose(overrides))
+    assert not planned.fits
+    assert "of host memory" in planning.advice(planned)
+
+
+def test_sequences_beyond_the_models_positions_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=100000.*2048"):
+        plan(compose(["debug=smoke", "data.sequence_length=100000"]))
+
+
+def test_a_child_that_dies_is_an_error_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(planning.sys, "executable", "/bin/false")
+    with pytest.raises(LaunchError, match="the model could not be looked at"):
+        planning.param_table(compose(["debug=smoke", "model.config.hidden_size=48", "model.config.intermediate_size=96"]))

@@ -1,0 +1,283 @@
+"""`anyshard train` and `resume` from end to end, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+from helpers.cli import SMOKE, anyshard, events, finish, happened, rank_pids, start, steps, wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+def test_train_then_resume_on_another_layout(tmp_path):
+    done = anyshard(
+        "train",
+        *SMOKE,
+        "run.dir=run",
+        "callbacks.curves={}",
+        "callbacks.sample_text={num_tokens: 8}",
+        "callbacks.unigram={}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for line in (
+        "batch: 8 sequences = 4 micro x 1 accumulation x 2 dp",
+        "step 20/20 100%",
+        "eval at step 20: loss",
+        "unigram_perplexity",
+        "sample at step 20",
+        "plot: ",
+    ):
+        assert line in done.stdout
+    run = tmp_path / "run"
+    for name in (
+        "config.yaml",
+        "overrides.yaml",
+        "ds_config.json",
+        "plan.json",
+        "env.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "curves.png",
+        "curves.csv",
+    ):
+        assert (run / name).stat().st_size > 0
+    assert sorted(path.name for path in (run / "logs").glob("rank*.log")) == ["rank00000.log", "rank00001.log"]
+    assert events(run)[0]["event"] == "start"
+    assert events(run)[-1]["event"] == "done"
+
+    resumed = anyshard("resume", "run", "zero=z3", "launch.procs_per_node=1", "train.max_steps=24", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "saved under dp 2, ZeRO 1, now dp 1, ZeRO 3" in resumed.stdout
+    assert [record["step"] for record in steps(run)][-1] == 24
+
+    again = anyshard("resume", "run", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "nothing is left to train" in again.stdout
+
+    listed = anyshard("ckpt", "ls", "run", "--json", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert "step-00000024" in listed.stdout
+    assert anyshard("ckpt", "verify", "run", cwd=tmp_path).returncode == 0
+    assert "done" in anyshard("runs", "ls", ".", cwd=tmp_path).stdout
+    assert anyshard("runs", "plot", "run", "-o", "two.png", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_wandb_offline_continues_one_run(tmp_path):
+    for overrides in (["stop.at_step=5"], []):
+        done = anyshard("train", *SMOKE, "launch.procs_per_node=1", "tracking=wandb", "run.dir=run", *overrides, cwd=tmp_path)
+        assert done.returncode == (75 if overrides else 0), done.stderr
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) == 2
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
+def test_a_stop_while_training_saves_and_exits_75(tmp_path, how):
+    run = tmp_path / "run"
+    process = start(
+        "train",
+        *SMOKE,
+        "run.dir=run",
+        "train.max_steps=100000",
+        "checkpoint.every_steps=0",
+        "train.eval_every_steps=0",
+        cwd=tmp_path,
+    )
+    wait_for(lambda: len(steps(run)) >= 2, process)
+    if how == "STOP":
+        assert anyshard("runs", "stop", "run", cwd=tmp_path).returncode == 0
+    else:
+        process.send_signal(getattr(signal, how))
+    code, _, err = finish(process)
+    assert code == 75, err
+    (stop,), (commit,) = happened(run, "stop"), happened(run, "commit")
+    assert stop["step"] == commit["step"]
+    assert how in stop["reason"]
+    resumed = anyshard("resume", "run", f"stop.at_step={stop['step'] + 2}", cwd=tmp_path)
+    assert resumed.returncode == 75, resumed.stderr
+    assert f"at step {stop['step']} (the same layout)" in resumed.stdout
+
+
+def test_a_stop_by_the_clock(tmp_path):
+    done = anyshard(
+        "train", *SMOKE, "run.dir=run", "train.max_steps=100000", "stop.at_s=8", "train.eval_every_steps=0", cwd=tmp_path
+    )
+    assert done.returncode == 75, done.stderr
+    assert happened(tmp_path / "run", "stop")[0]["reason"] == "stop.at_s=8"
+
+
+def test_a_save_on_request_goes_on(tmp_path):
+    run = tmp_path / "run"
+    process = start(
+        "train",
+        *SMOKE,
+        "run.dir=run",
+        "train.max_steps=100000",
+        "checkpoint.every_steps=0",
+        "train.eval_every_steps=0",
+        cwd=tmp_path,
+    )
+    wait_for(lambda: len(steps(run)) >= 2, process)
+    assert anyshard("runs", "save", "run", cwd=tmp_path).returncode == 0
+    (commit,) = wait_for(lambda: happened(run, "commit"), process)
+    wait_for(lambda: steps(run)[-1]["step"] > commit["step"] + 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+
+
+@pytest.mark.parametrize("phase", ["compose", "start", "data"])
+def test_ctrl_c_before_the_first_step_loses_nothing(tmp_path, phase):
+    run = tmp_path / "run"
+    process = start("train", *SMOKE, "run.dir=run", f"data.cache_dir={tmp_path}/cache", "train.max_steps=100000", cwd=tmp_path)
+    if phase == "start":
+        wait_for(lambda: len(rank_pids(process)) == 2, process)
+    elif phase == "data":
+        wait_for(lambda: happened(run, "start"), process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 75 if phase != "compose" else code in (75, 130, -signal.SIGINT), err
+    assert "Traceback" not in err
+    assert not (run / "checkpoints").exists() or list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_killed_rank_ends_the_run_and_the_next_start_continues(tmp_path):
+    run = tmp_path / "run"
+    process = start(
+        "train",
+        *SMOKE,
+        "run.dir=run",
+        "train.max_steps=100000",
+        "checkpoint.every_steps=10",
+        "train.eval_every_steps=0",
+        cwd=tmp_path,
+    )
+    wait_for(lambda: len(happened(run, "commit")) >= 2, process)
+    os.kill(rank_pids(process)[1], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 1
+    assert "rank 1" in err
+    assert "SIGKILL" in err
+    assert "step-" in err  # names the last good checkpoint
+    assert rank_pids_gone(run)
+    resumed = anyshard("resume", "run", "stop.at_step=100000", "stop.at_s=6", cwd=tmp_path)
+    assert resumed.returncode == 75, resumed.stderr
+    assert "resumed from" in resumed.stdout
+
+
+def rank_pids_gone(run):
+    import psutil
+
+    return not any(str(run) in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+
+
+def test_a_failing_rank_shows_its_own_error_and_nothing_above_it(tmp_path):
+    """Rank 1 alone fails, in user code; rank 0 then fails in a collective, which nobody needs to read."""
+    plugin = tmp_path / "site"
+    (plugin / "failing-1.0.dist-info").mkdir(parents=True)
+    (plugin / "failing-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
+    (plugin / "failing-1.0.dist-info" / "entry_points.txt").write_text(
+        "[anyshard.plugins]\ncallback.failing = failing:Failing\n"
+    )
+    (plugin / "failing.py").write_text(
+        "from anyshard.trainer.callbacks.base import Callback\n"
+        "class Failing(Callback):\n"
+        "    def on_step_end(self, trainer, record):\n"
+        "        if trainer.rank == 1 and trainer.progress.step == 3:\n"
+        "            raise LookupError('page 17 is missing')\n"
+    )
+    done = anyshard("train", *SMOKE, "run.dir=run", "callbacks.failing={}", cwd=tmp_path, env={"PYTHONPATH": str(plugin)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("TrainError: callbacks.failing failed in on_step_end: LookupError('page 17 is missing')")
+    assert "Traceback" not in done.stderr
+    assert "Connection" not in done.stderr
+
+
+def test_by_hand_under_torchrun(tmp_path):
+    """With overrides: rank 0 composes and freezes for all. With --run-dir: what is frozen."""
+    from helpers.cli import environment, subprocess, sys
+
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "anyshard.trainer.run",
+    ]
+    first = subprocess.run(
+        [*torchrun, "debug=smoke", "run.dir=run"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    assert "step 20/20 100%" in first.stdout
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "procs_per_node: 2" in config
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["train_batch_size"] == 8
+    second = subprocess.run(
+        [*torchrun, "--run-dir", "run"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert second.returncode == 0, second.stderr
+    fewer = [*torchrun, "debug=smoke", "run.dir=other", "launch.procs_per_node=4"]
+    refused = subprocess.run(fewer, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180, check=False)
+    assert refused.returncode != 0
+    assert "launch.procs_per_node=4" in refused.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = anyshard("train", *SMOKE, "run.dir=run", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "torch.distributed.run --nproc-per-node=2" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_is_one_launch_after_the_other(tmp_path):
+    done = anyshard("train", *SMOKE, "-m", "zero=z0,z1", "launch.procs_per_node=1", "train.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("multirun/*/*/metrics.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("example", ["vision_classifier", "masked_lm"])
+def test_examples_train_save_and_resume_at_dp_2_zero_3(tmp_path, example):
+    from pathlib import Path
+
+    from helpers.cli import environment, subprocess, sys
+
+    script = Path(__file__).parents[2] / "examples" / f"{example}.py"
+    assert len(script.read_text().rstrip().splitlines()) < 60
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        "zero=z3",
+        f"run.dir={tmp_path}/run",
+    ]
+    first = subprocess.run(
+        [*torchrun, "stop.at_step=30"], env=environment(), capture_output=True, text=True, timeout=180, check=False
+    )
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "at step 30 (the same layout)" in second.stdout
+    losses = [record["train/loss"] for record in steps(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]

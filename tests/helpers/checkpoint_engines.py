@@ -1,0 +1,210 @@
+"""Tiny engines of every layout, and the whole logical state of one: for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+GLOBAL_BATCH = 4
+VOCAB = 61
+LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an engine is laid out; dp is the number of ranks that build it."""
+
+    dp: int
+    zero: int
+    offload: bool = False
+    offload_param: bool = False
+    optimizer: str = "adamw"
+    dtype: str = "fp32"
+    sub_group: int | None = None  # ZeRO-3: elements of a sub-group
+    fp32_accumulation: bool = False  # at ZeRO-1 in bf16 DeepSpeed then uses another optimizer class
+
+    def __str__(self) -> str:
+        extras = [name for name in ("offload", "offload_param", "sub_group", "fp32_accumulation") if getattr(self, name)]
+        return "-".join([f"dp{self.dp}", f"z{self.zero}", self.optimizer, self.dtype, *extras])
+
+
+def tiny_llama(*, tied: bool = False, hidden: int = 32) -> nn.Module:
+    """Two layers with grouped-query attention, a frozen norm, a persistent buffer; a vocabulary that no dp divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=hidden + 13,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.model.layers[0].input_layernorm.weight.requires_grad_(False)
+    model.register_buffer("seen", torch.arange(5, dtype=torch.int64))
+    return model
+
+
+def scrambled_llama(**options: Any) -> nn.Module:
+    """The same model with everything that a checkpoint holds overwritten by nonsense."""
+    model = tiny_llama(**options)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), model.seen]:
+            tensor.fill_(3)
+    return model
+
+
+def build(layout: Layout, model: nn.Module | None = None, **optimizer_options: Any) -> Any:
+    """A DeepSpeed engine around a client's optimizer with two named groups."""
+    import deepspeed
+
+    model = model or tiny_llama()
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = [
+        {"name": "decay", "weight_decay": 0.1, "lr": 1e-2, "select": lambda p: p.dim() >= 2},
+        {"name": "no_decay", "weight_decay": 0.0, "lr": 5e-3, "select": lambda p: p.dim() < 2},
+    ]
+    for group in groups:
+        select = group.pop("select")
+        group["params"] = [param for _, param in named if select(param)]
+        group["param_names"] = [name for name, param in named if select(param)]
+    zero: dict[str, Any] = {"stage": layout.zero, "stage3_param_persistence_threshold": 40}
+    if layout.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if layout.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
+    if layout.sub_group:
+        zero["sub_group_size"] = layout.sub_group
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": GLOBAL_BATCH // layout.dp,
+        "gradient_clipping": 1.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if layout.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+        model = model.bfloat16()
+    if layout.dtype == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 2}
+        model = model.half()
+    if layout.fp32_accumulation:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    optimizer = _optimizer(layout, groups, **optimizer_options)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def _optimizer(layout: Layout, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    from anyshard.trainer.optim.lion import Lion
+
+    if layout.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, **options)
+    if layout.offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.lion import DeepSpeedCPULion
+
+        if layout.optimizer == "lion":
+            return DeepSpeedCPULion(groups, lr=1e-2, betas=(0.9, 0.95), **options)
+        return DeepSpeedCPUAdam(groups, lr=1e-2, betas=(0.9, 0.95), adamw_mode=True, **options)
+    if layout.optimizer == "lion":
+        return Lion(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **options)
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), **options)
+
+
+def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
+    """Steps on data that is a function of the step alone; returns the mean loss of each over the global batch."""
+    losses = []
+    dp, rank = dist.get_world_size(), dist.get_rank()
+    for step in range(first_step, first_step + num_steps):
+        generator = torch.Generator().manual_seed(step)
+        samples = torch.randint(0, VOCAB, (GLOBAL_BATCH, LENGTH), generator=generator)
+        total = torch.zeros(1)
+        for number in range(GLOBAL_BATCH // dp):
+            sample = samples[number * dp + rank].unsqueeze(0)
+            loss = engine(input_ids=sample, labels=sample).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / GLOBAL_BATCH
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def logical_state(engine: Any) -> dict[str, str]:
+    """Digest of every whole tensor of the state, whatever the layout; gathered over all ranks by brute force."""
+    from anyshard.trainer.checkpoint import layout, optimizers
+
+    slots, optimizer = layout.slots(engine), layout.inner_optimizer(engine)
+    pieces = [
+        (f.tensor.name, f.tensor.key, f.tensor.shape, f.start, f.view.detach().clone())
+        for f in optimizers.fragments(slots, optimizer) + layout.buffer_fragments(engine.module)
+    ]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, pieces)
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    filled: dict[tuple[str, str], torch.Tensor] = {}
+    for name, key, shape, start, view in (piece for part in gathered for piece in part):
+        tensor = whole.setdefault((name, key), torch.zeros(shape, dtype=view.dtype))
+        tensor.view(-1)[start : start + view.numel()] = view
+        filled.setdefault((name, key), torch.zeros(shape, dtype=torch.bool)).view(-1)[start : start + view.numel()] = True
+    assert all(bool(mask.all()) for mask in filled.values())
+    digests = {
+        f"{name} [{key}]": hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        for (name, key), tensor in whole.items()
+    }
+    steps = {scalar.value for scalar in optimizers.scalars(slots, optimizer) if scalar.key == "step"}
+    assert len(steps) <= 1
+    return digests | {f"group {name}": str(sorted(s.items())) for name, s in group_settings(engine).items()}
+
+
+def group_settings(engine: Any) -> dict[str, dict[str, Any]]:
+    """The hyper-parameters that every implementation of an optimizer has."""
+    groups = {group["name"]: group for group in engine.optimizer.param_groups}
+    return {name: {key: group[key] for key in ("lr", "weight_decay")} for name, group in groups.items()}
+
+
+def model_digest(engine: Any) -> dict[str, str]:
+    """Digest of every parameter as the model computes with it, gathered where ZeRO-3 holds parts."""
+    import deepspeed
+
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(param, enabled=hasattr(param, "ds_id")):
+            data = param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = hashlib.blake2b(data).hexdigest()[:16]
+    return found
+
+
+def manager(directory: Any, **options: Any) -> Any:
+    """A CheckpointManager whose events are kept in `.events`."""
+    from anyshard.trainer.checkpoint.manager import CheckpointManager
+
+    events: list[tuple[str, dict[str, Any]]] = []
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    arguments = {"keep": 3, "verify": True, "timeout_s": 30.0, **options}
+    made = CheckpointManager(directory, group=group, event=lambda kind, **details: events.append((kind, details)), **arguments)
+    made.events = events  # type: ignore[attr-defined]
+    return made
+
+
+@contextmanager
+def engine_of(layout: Layout, model: nn.Module | None = None, **options: Any) -> Any:
+    """An engine that is torn down again, so that the next of another layout can follow in the same process."""
+    engine = build(layout, model, **options)
+    try:
+        yield engine
+    finally:
+        engine.destroy()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+from helpers.configs import make_config
+
+from anyshard.configs.world import dp_size, resolve_ranks, resolve_world, world_size
+
+
+def test_nothing_is_known_before_the_ranks_are() -> None:
+    config = make_config({"launch.procs_per_node": "auto"})
+    assert world_size(config) is None
+    assert dp_size(config) is None
+
+
+def test_dp_is_what_is_left_of_the_world() -> None:
+    config = resolve_ranks(make_config({"parallel.tp": 2}), nodes=2, procs_per_node=4)
+    assert (world_size(config), config.parallel.dp) == (8, 4)
+
+
+def test_a_world_that_cannot_be_divided_stays_unresolved() -> None:
+    config = resolve_ranks(make_config({"parallel.tp": 3}), nodes=1, procs_per_node=4)
+    assert config.parallel.dp == "auto"
+
+
+def test_a_given_dp_is_kept_for_the_rules_to_compare() -> None:
+    assert resolve_ranks(make_config({"parallel.dp": 8}), nodes=1, procs_per_node=2).parallel.dp == 8
+
+
+@pytest.mark.parametrize(
+    ("procs", "cluster", "found", "expected"), [("auto", None, 0, 1), ("auto", None, 4, 4), ("auto", 8, 4, 8), (2, 8, 4, 2)]
+)
+def test_ranks_of_a_node(procs: int | str, cluster: int | None, found: int, expected: int) -> None:
+    given = make_config({"launch.procs_per_node": procs, "cluster.devices_per_node": cluster})
+    config = resolve_world(given, found)
+    assert config.launch.procs_per_node == expected
+    assert given.launch.procs_per_node == procs  # a copy

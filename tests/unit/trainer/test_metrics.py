@@ -1,0 +1,117 @@
+import io
+import json
+import logging
+import resource
+
+import pytest
+import torch
+
+from anyshard.trainer.metrics import JsonLines, Reporter, duration, human, peak_memory_gib, step_line
+
+RECORD = {
+    "step": 120,
+    "tokens": 1_000_000,
+    "train/loss": 2.73119,
+    "train/lr": 3e-4,
+    "train/grad_norm": 0.8149,
+    "perf/tokens_per_s": 412_345.0,
+    "perf/mfu_pct": 43.12,
+    "perf/step_s": 0.5,
+    "perf/data_wait_pct": 0.31,
+    "perf/eta_s": 4320.0,
+    "ckpt/stall_ms": 4.2,
+    "mem/peak_gib": 61.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(7, "7"), (999, "999"), (1234, "1.23k"), (999_600, "1M"), (412_345, "412k"), (3.2e15, "3.2P")]
+)
+def test_human(number, text):
+    assert human(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (42, "42s"), (200, "3m20s"), (4320, "1h12m"), (187_200, "2d4h")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_step_line():
+    assert step_line(RECORD, 1000) == (
+        "step  120/1000  12%  loss 2.7312  lr 3.0e-04  gnorm 0.81  412k tok/s  43.1% MFU  61.20GiB  "
+        "data 0.3%  ckpt 4ms  eta 1h12m"
+    )
+
+
+def test_the_step_line_leaves_out_what_is_not_known():
+    bare = {**RECORD, "train/grad_norm": None, "perf/mfu_pct": None, "ckpt/stall_ms": 0.0, "train/skipped_steps": 2}
+    line = step_line(bare, 1000)
+    assert not any(word in line for word in ("gnorm", "MFU", "ckpt"))
+    assert "skipped 2" in line
+
+
+class Recorder:
+    def __init__(self):
+        self.records, self.ended = [], None
+
+    def log(self, record):
+        self.records.append(record)
+
+    def finish(self, *, failed):
+        self.ended = failed
+
+
+def test_rank_0_writes_files_console_and_trackers(tmp_path):
+    tracker, stream = Recorder(), io.StringIO()
+    with Reporter(tmp_path, rank=0, max_steps=1000, trackers=[tracker], stream=stream) as reporter:
+        reporter.start_bar(0)  # not a terminal: no bar, no control characters
+        reporter.event("start", world_size=2)
+        reporter.step(RECORD)
+        reporter.tick(120)
+        reporter.evaluation({"step": 120, "eval/loss": 2.0, "eval/perplexity": 7.389})
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [120, 120]
+    assert metrics[0]["train/loss"] == 2.73119
+    assert json.loads((tmp_path / "events.jsonl").read_text())["event"] == "start"
+    assert stream.getvalue().splitlines() == [step_line(RECORD, 1000), "eval at step 120: loss 2.0000  perplexity 7.3890"]
+    assert [r["step"] for r in tracker.records] == [120, 120]
+    assert tracker.ended is False
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Reporter(tmp_path, rank=1, max_steps=10, trackers=[]) as reporter:
+        reporter.event("start")
+        reporter.step(RECORD)
+        reporter.say("hello")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_is_told_to_the_trackers(tmp_path):
+    tracker = Recorder()
+    with pytest.raises(RuntimeError), Reporter(tmp_path, rank=0, max_steps=10, trackers=[tracker]):
+        raise RuntimeError
+    assert tracker.ended is True
+
+
+def test_peak_memory_of_this_process_is_plausible():
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 100
+
+
+def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
+    """A limit on the size of files stands for the disk: the system writes a part and then refuses, alike."""
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        try:
+            lines.write({"step": 2})
+            lines.write({"step": 3})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines.write({"step": 4})
+    lines.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    (told,) = caplog.messages
+    assert "metrics.jsonl cannot be written" in told
+    assert "training goes on" in told

@@ -1,0 +1,66 @@
+import os
+import signal
+import time
+
+import pytest
+
+from anyshard.configs import schema
+from anyshard.trainer.stop import Decision, Interrupted, Signals, StopControl
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def control(tmp_path, signals=None, **options):
+    return StopControl(schema.Stop(**options), tmp_path, signals or Signals(training=True), None, 0)
+
+
+def test_nothing_is_decided_without_a_wish(tmp_path):
+    assert control(tmp_path).decide(1) == Decision()
+
+
+def test_at_step(tmp_path):
+    stops = control(tmp_path, at_step=3)
+    assert [stops.decide(step).stop for step in (1, 2, 3)] == [None, None, "stop.at_step=3"]
+
+
+def test_at_s(tmp_path):
+    stops = control(tmp_path, at_s=1000.0)
+    assert stops.decide(1).stop is None
+    stops.started_s = time.monotonic() - 1001
+    assert stops.decide(2).stop == "stop.at_s=1000"
+
+
+def test_the_stop_file_stays_and_the_save_file_is_taken(tmp_path):
+    stops = control(tmp_path)
+    (tmp_path / "SAVE").touch()
+    assert stops.decide(1) == Decision(save=True)
+    assert stops.decide(2) == Decision()
+    (tmp_path / "STOP").touch()
+    assert stops.decide(3).stop == f"file {tmp_path / 'STOP'}"
+    assert (tmp_path / "STOP").exists()
+
+
+def test_only_rank_0_looks_for_files(tmp_path):
+    (tmp_path / "STOP").touch()
+    assert StopControl(schema.Stop(), tmp_path, Signals(training=True), None, 1).decide(1) == Decision()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_while_training_is_a_wish(tmp_path, handlers, signum):
+    signals = Signals()
+    signals.install()
+    signals.training = True
+    os.kill(os.getpid(), signum)
+    assert control(tmp_path, signals).decide(1).stop == f"signal {signum.name}"
+
+
+def test_a_signal_before_training_ends_the_process_at_once(handlers):
+    Signals().install()
+    with pytest.raises(Interrupted, match="SIGTERM before the first step"):
+        os.kill(os.getpid(), signal.SIGTERM)

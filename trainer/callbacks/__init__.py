@@ -1,0 +1,1 @@
+"""Registered callbacks, one file each."""

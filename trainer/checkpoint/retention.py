@@ -1,0 +1,163 @@
+"""Which checkpoints stay, and what a crash left behind (pure decisions, then deletions that a crash cannot make look whole).
+
+Names in a directory of checkpoints:
+
+    step-00000100                    exists if and only if it is complete
+    step-00000100.tmp-<uuid>         being written; holds LEASE, which says by whom
+    step-00000100.replaced-<uuid>    an older checkpoint of a step that is being saved again
+    step-00000100.trash-<uuid>       being deleted
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from anyshard.trainer.checkpoint.catalog import Found, list_checkpoints
+from anyshard.trainer.checkpoint.storage import sync_directory
+
+logger = logging.getLogger(__name__)
+
+LEASE = "LEASE"
+_LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|replaced|trash)-[0-9a-f]{32}")
+FOREIGN_LEASE_S = 24 * 3600.0
+"""A lease of another host cannot be checked from here: its directory goes when it is older than any save."""
+YOUNG_S = 60.0
+"""A temporary directory without a readable lease may be about to get one."""
+
+
+def sibling(path: Path, kind: str) -> Path:
+    """A new name of the given kind ("tmp", "replaced", "trash") beside a checkpoint."""
+    return path.with_name(f"{path.name}.{kind}-{uuid.uuid4().hex}")
+
+
+def lease() -> bytes:
+    """Who is writing: enough to tell later whether that process still lives."""
+    process = psutil.Process()
+    content = {"host": socket.gethostname(), "pid": process.pid, "boot": boot_id(), "started": process.create_time()}
+    return json.dumps(content).encode()
+
+
+def boot_id() -> str:
+    """Changes with every boot of this machine; empty where the system does not say."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def writer_is_dead(directory: Path, now_s: float | None = None) -> bool:
+    """Whether the process that holds the lease of a temporary directory is certainly gone."""
+    now_s = time.time() if now_s is None else now_s
+    age_s = now_s - directory.stat().st_mtime
+    try:
+        content = json.loads((directory / LEASE).read_bytes())
+        host, boot, pid, started = content["host"], content["boot"], int(content["pid"]), float(content["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return age_s > YOUNG_S
+    if host != socket.gethostname():
+        return age_s > FOREIGN_LEASE_S
+    if boot != boot_id():
+        return True
+    try:
+        return abs(psutil.Process(pid).create_time() - started) > 1.0  # another process has the number now
+    except psutil.NoSuchProcess:
+        return True
+
+
+def collect(directory: Path) -> list[str]:
+    """Remove what crashes left behind, and put back a checkpoint whose replacement was not finished.
+
+    Returns:
+        Names that were removed or put back.
+    """
+    if not directory.is_dir():
+        return []
+    done = []
+    for path in sorted(directory.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or (match[2] == "tmp" and not writer_is_dead(path)):
+            continue
+        if match[2] == "replaced" and not (directory / match[1]).exists():
+            path.rename(directory / match[1])
+            sync_directory(directory)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        done.append(path.name)
+    return done
+
+
+def plan_removal(found: Sequence[Found], keep: int) -> list[Path]:
+    """Checkpoints to remove so that the `keep` newest sound ones stay; 0 keeps all.
+
+    A damaged one does not count, and goes once it is older than all that stay. While there is a sound one, one stays.
+    """
+    newest_first = sorted(found, key=lambda each: each.step, reverse=True)
+    sound = [each for each in newest_first if each.problem is None]
+    if not keep or len(sound) <= keep:
+        return []
+    oldest_kept = sound[keep - 1].step
+    return [each.path for each in newest_first if each.step < oldest_kept]
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; from the first moment on it is not a checkpoint any more."""
+    trash = sibling(path, "trash")
+    path.rename(trash)
+    sync_directory(path.parent)
+    shutil.rmtree(trash)
+
+
+def retain(directory: Path, keep: int) -> list[str]:
+    """Apply `plan_removal`; returns the names removed. A failure is logged: it must not end a run."""
+    removed = []
+    for path in plan_removal(list_checkpoints(directory), keep):
+        try:
+            remove(path)
+            removed.append(path.name)
+        except OSError as error:
+            logger.warning("the old checkpoint %s could not be removed: %s", path, error)
+    return removed
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, durably; an older one of the same step stays until the new one is in place.
+
+    Raises:
+        OSError: it could not be done; `final` is as it was.
+    """
+    replaced = sibling(final, "replaced") if final.exists() else None
+    if replaced is not None:
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+        sync_directory(final.parent)
+    except OSError:
+        if final.exists():
+            final.rename(temporary)
+        if replaced is not None:
+            replaced.rename(final)
+        raise
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def make_temporary(directory: Path, name: str) -> Path:
+    """A temporary directory for the checkpoint `name`, with a lease of this process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = sibling(directory / name, "tmp")
+    temporary.mkdir()
+    descriptor = os.open(temporary / LEASE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(descriptor, lease())
+    finally:
+        os.close(descriptor)
+    return temporary

@@ -1,0 +1,179 @@
+"""The DeepSpeed engine of one rank: built here and nowhere else, and stepped through a small class of ours.
+
+`Engine` hides what differs between ZeRO stages (where the gradient norm is, who clips, how gradients are scaled), so that
+the loop in `trainer.py` reads the same under all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from anyshard.configs import schema
+from anyshard.configs.errors import EnvError
+from anyshard.trainer.task import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A DeepSpeed engine and what the loop needs of it.
+
+    Attributes:
+        ds: the `deepspeed.DeepSpeedEngine`; call it to run the model.
+    """
+
+    def __init__(self, ds: Any, *, stage: int, lr: float) -> None:
+        self.ds = ds
+        self.stage = stage
+        self._lr = lr
+
+    def set_lr(self, factor: float) -> float:
+        """Set the learning rate of every group to `factor` of its peak; returns that of a group without `lr_scale`."""
+        lr = self._lr * factor
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def train_micro_step(
+        self, loss_fn: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss, detached.
+
+        Args:
+            scale: factor on the gradient where micro-batches have unequal numbers of targets.
+
+        Collective: every rank of the data-parallel group calls it (ZeRO gathers and reduces inside).
+        """
+        loss = loss_fn(self.ds, batch)
+        self.ds.backward(loss if scale is None else loss * scale)
+        return loss.detach()
+
+    def finish_micro_step(self) -> None:
+        """Let DeepSpeed count the micro-step; at the last one of a global batch it clips and steps the optimizer."""
+        self.ds.step()
+
+    def local_grad_norm(self) -> torch.Tensor | None:
+        """Global gradient norm before clipping at stage 0, where DeepSpeed does not keep it; None at other stages.
+
+        Call it between the last backward of a step and `finish_micro_step`.
+        Source: deepspeed 0.19.8 runtime/engine.py:3510, `clip_fp32_gradients` drops the norm that it computes.
+        """
+        if self.stage != 0:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None])
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step before clipping, at stages 1 to 3."""
+        norm = self.ds.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were dropped because their gradients were not finite: by loss scaling, and by ZeRO in any precision."""
+        return int(self.ds.skipped_steps)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Present loss scale under fp16, None otherwise."""
+        return float(self.ds.optimizer.cur_scale) if self.ds.fp16_enabled() else None
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers. Collective at ZeRO-3."""
+        self.ds.destroy()
+
+
+def build_engine(
+    config: schema.Config,
+    ds_config: dict[str, Any],
+    build_model: Callable[[], nn.Module],
+    *,
+    device: torch.device,
+) -> Engine:
+    """Build the model, its optimizer and the DeepSpeed engine around both.
+
+    Collective: every rank calls it; it blocks until all have.
+    """
+    import deepspeed
+
+    from anyshard.configs.registry import lookup
+    from anyshard.trainer.optim.groups import param_groups
+
+    _quieten(logging.getLogger("DeepSpeed"))
+    model = build_model()
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    groups = param_groups(model.named_parameters(), config.optimizer, embeddings)
+    build_optimizer = lookup("optimizer", config.optimizer.name, key="optimizer.name")
+    offloaded = config.offload.optimizer is not schema.Device.none
+    optimizer = build_optimizer(groups, config.optimizer, offloaded=offloaded, device=device)
+    _import_muon_as_written()
+    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr)
+
+
+def require_dtype(dtype: schema.Dtype) -> None:
+    """Refuse a type that this device does not compute in.
+
+    Raises:
+        EnvError: it does not.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    missing = {
+        schema.Dtype.fp16: not accelerator.is_fp16_supported(),
+        schema.Dtype.bf16: not accelerator.is_bf16_supported(),
+    }
+    if missing.get(dtype):
+        lacks = " (it lacks avx512_fp16)" if accelerator.device_name() == "cpu" else ""
+        other = "bf16 or fp32" if dtype is schema.Dtype.fp16 else "fp16 or fp32"
+        raise EnvError(f"precision.dtype={dtype.value}: this device does not compute in it{lacks}. Use precision={other}.")
+
+
+def _quieten(upstream: logging.Logger) -> None:
+    """Warnings only, on standard error: standard output is for people, and DeepSpeed has a line for every dropped step."""
+    upstream.setLevel(logging.WARNING)
+    for handler in upstream.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _import_muon_as_written() -> None:
+    """Import DeepSpeed's Muon without torch.compile, which takes most of a second to load.
+
+    `initialize` imports it to look whether the optimizer is Muon, whatever it is. An optimizer that uses it was built
+    before, has imported it by then, and keeps its compiled kernels.
+
+    Source: deepspeed 0.19.8 runtime/zero/utils.py:72; torch 2.13.0 _dynamo/eval_frame.py:1752 reads the variable when a
+    function is decorated.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean of a small tensor over all ranks, in place. Collective: every rank calls it; it blocks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a small tensor over all ranks, in place. Collective: every rank calls it; it blocks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,361 @@
+"""`fit`: one rank's life from a configuration to the end of training. The library's entry and that of `run.py`.
+
+Order matters: join the others, agree on one configuration, then data, model, engine, restore, loop. Whatever fails
+before the loop leaves the run directory as it was found, but for logs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anyshard.configs import frozen, rules, schema, world
+from anyshard.configs.errors import AnyshardError, ConfigError, Problem
+from anyshard.configs.registry import lookup
+from anyshard.configs.writing import write_file
+from anyshard.offload.op_cache import extensions_dir
+from anyshard.parallel import comm
+from anyshard.trainer import lm
+from anyshard.trainer.batch import BatchPlan, plan_batch
+from anyshard.trainer.callbacks.base import Callbacks
+from anyshard.trainer.checkpoint.manager import CheckpointManager
+from anyshard.trainer.data.build import build_data
+from anyshard.trainer.data.loader import Loader
+from anyshard.trainer.data.order import SampleOrder
+from anyshard.trainer.data.tokenizers import vocab_size
+from anyshard.trainer.ds_config import compile_ds_config
+from anyshard.trainer.engine import Engine, build_engine, require_dtype
+from anyshard.trainer.flops import flops_per_token
+from anyshard.trainer.metrics import Reporter
+from anyshard.trainer.models.hf import hf_config
+from anyshard.trainer.models.table import table_of
+from anyshard.trainer.peak import device_peak_flops
+from anyshard.trainer.state import Progress, load_rng_state, rng_state, seed_everything
+from anyshard.trainer.stop import Signals, StopControl
+from anyshard.trainer.task import Batch, Task
+from anyshard.trainer.tracking import build_trackers
+from anyshard.trainer.trainer import Outcome, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Rank:
+    """This rank and how it talks to the others."""
+
+    env: comm.RankEnv
+    device: torch.device
+    control: dist.ProcessGroup | None
+    started_s: float
+
+
+def fit(
+    config: schema.Config | Callable[[], schema.Config], task: Task | None = None, *, signals: Signals | None = None
+) -> Outcome:
+    """Train `config` on the ranks that the environment describes (torchrun's, or this process alone), resuming as asked.
+
+    Collective: every rank calls it. The configuration of rank 0 is used on all of them.
+
+    Args:
+        config: from `compose`, or a function that makes it (called on rank 0 only).
+        task: what to train; None builds the causal language model of `config.model` and `config.data`.
+        signals: handlers installed already; None installs them.
+
+    Raises:
+        ConfigError, DataError, EnvError: something is wrong and nothing was changed.
+        CheckpointError: no checkpoint could be restored, or the last one not written.
+        TrainError: the loss is not finite, or a callback failed.
+    """
+    started_s = time.monotonic()
+    if signals is None:
+        signals = Signals()
+        signals.install()
+    rank = _join(config, started_s)
+    try:
+        agreed = _agree(config, rank)
+        return _fit(agreed, task, rank, signals)
+    finally:
+        signals.training = False
+
+
+def _join(config: schema.Config | Callable[[], schema.Config], started_s: float) -> Rank:
+    """Meet the other ranks. Collective."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
+    env = comm.discover(os.environ)
+    timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
+    device = comm.device_of(env)
+    if not dist.is_initialized():
+        comm.init_distributed(env, device, timeout_s=timeout_s)
+    return Rank(env, device, comm.control_group(env, timeout_s=timeout_s), started_s)
+
+
+def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank) -> schema.Config:
+    """Rank 0's configuration, checked and frozen, on every rank; its error on every rank too. Collective."""
+    result: list[Any] = [None]
+    if rank.env.rank == 0:
+        try:
+            result[0] = _freeze(config() if callable(config) else config, rank)
+        except AnyshardError as error:
+            result[0] = error
+    if rank.control is not None:
+        dist.broadcast_object_list(result, src=0, group=rank.control)
+    if isinstance(result[0], AnyshardError):
+        raise result[0]
+    agreed: schema.Config = result[0]
+    return agreed
+
+
+def _freeze(config: schema.Config, rank: Rank) -> schema.Config:
+    """Resolve what depends on the ranks that are here, check, and write the run directory unless it is frozen."""
+    nodes, procs = rank.env.world_size // rank.env.local_world_size, rank.env.local_world_size
+    asked = world.world_size(config)
+    if asked is not None and asked != rank.env.world_size:
+        here = f"{rank.env.world_size} ranks are here, and launch.nodes * launch.procs_per_node = {asked} were asked for."
+        raise ConfigError(
+            Problem("launch.procs_per_node", config.launch.procs_per_node, here, f"Start {asked} ranks, or set it to auto.")
+        )
+    config = world.resolve_ranks(config, nodes=nodes, procs_per_node=procs)
+    rules.require(config)
+    run_dir = frozen.run_dir_of(config)
+    frozen.check_run_dir(config, run_dir)
+    batch = plan_batch(config.train, rank.env.world_size)
+    frozen.freeze(config, [], run_dir)
+    write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
+    return config
+
+
+def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals) -> Outcome:
+    run_dir = frozen.run_dir_of(config)
+    batch = plan_batch(config.train, rank.env.world_size)
+    ds_config = compile_ds_config(config, batch)
+    first = rank.env.rank == 0
+    trackers = build_trackers(config, run_dir, rank=rank.env.rank)
+    with Reporter(run_dir, rank=rank.env.rank, max_steps=config.train.max_steps, trackers=trackers) as reporter:
+        reporter.event("start", world_size=rank.env.world_size, zero=config.zero.stage, pid=os.getpid())
+        reporter.say(_banner(config, batch, rank))
+        require_dtype(config.precision.dtype)
+        seed_everything(config.seed, "model")
+        data_fingerprint = None
+        if task is None:
+            if config.model.builder == "hf":  # before the corpus is tokenised, which may take hours
+                model_vocab_size = hf_config(config.model, config.data).get_text_config().vocab_size
+                lm.check_vocabulary(model_vocab_size, vocab_size(config.data), config.data.tokenizer)
+            splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
+            task = lm.build_lm_task(config, splits, _model_builder(config, ds_config, rank, reporter.say if first else _silent))
+            task.flops_per_token = _flops_per_token(config, run_dir) if first else None
+            data_fingerprint = splits.fingerprint
+        else:
+            task = _fitted(task, ds_config, config)
+        engine = build_engine(config, ds_config, task.model, device=rank.device)
+        try:
+            return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
+        finally:
+            reporter.close()
+
+
+def _train(
+    config: schema.Config,
+    task: Task,
+    engine: Engine,
+    batch: BatchPlan,
+    rank: Rank,
+    signals: Signals,
+    reporter: Reporter,
+    data_fingerprint: str | None,
+) -> Outcome:
+    run_dir = frozen.run_dir_of(config)
+    callbacks = Callbacks.build(config.callbacks)
+    progress = Progress()
+    manager = CheckpointManager(
+        frozen.checkpoint_dir_of(config),
+        keep=config.checkpoint.keep,
+        verify=config.checkpoint.verify,
+        group=rank.control,
+        event=reporter.event,
+    )
+    seed_everything(config.seed, "train", rank.env.rank)
+    restored = _restore(config, manager, engine, progress, callbacks, rank, reporter, data_fingerprint)
+
+    def save(progress: Progress, callback_state: dict[str, Any]) -> Path:
+        meta = {
+            **progress.to_meta(),
+            "layout": layout_of(config, rank.env.world_size),
+            "data_fingerprint": data_fingerprint,
+            "global_batch_size": batch.global_batch_size,
+            "optimizer": dataclasses.asdict(config.optimizer),
+            "callbacks": callback_state,
+        }
+        result = manager.save(engine.ds, step=progress.step, meta=meta, rank_meta={"rng": rng_state()})
+        return result.path
+
+    order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
+    loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=rank.env.rank, device=rank.device)
+    stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s)
+    peak = device_peak_flops(config, rank.device)
+    trainer = Trainer(
+        config,
+        task,
+        engine,
+        loader=loader,
+        batch=batch,
+        progress=progress,
+        schedule=lookup("schedule", config.schedule.name, key="schedule.name")(config.schedule, config.train.max_steps),
+        stops=stops,
+        reporter=reporter,
+        callbacks=callbacks,
+        save=save,
+        device=rank.device,
+        rank=rank.env.rank,
+        run_dir=run_dir,
+        peak_flops=peak * rank.env.world_size if peak else None,
+    )
+    trainer.outcome.checkpoint = restored
+    signals.training = True
+    return trainer.run()
+
+
+def _restore(
+    config: schema.Config,
+    manager: CheckpointManager,
+    engine: Engine,
+    progress: Progress,
+    callbacks: Callbacks,
+    rank: Rank,
+    reporter: Reporter,
+    data_fingerprint: str | None,
+) -> Path | None:
+    """Continue from the checkpoint that `resume` names, if any; returns it. Collective."""
+    path = manager.find(config.resume)
+    if path is None:
+        return None
+    restored = manager.restore(engine.ds, path)
+    meta = restored.meta
+    progress.step, progress.samples, progress.tokens = meta["step"], meta["samples"], meta["tokens"]
+    notes = list(restored.notes)
+    here = layout_of(config, rank.env.world_size)
+    if restored.rank_meta is not None and meta["layout"] == here:
+        load_rng_state(restored.rank_meta["rng"])
+    else:
+        seed_everything(config.seed, "train", rank.env.rank, progress.step)
+        notes.append("random number generators of the ranks are seeded anew from the seed and the step (another layout)")
+    if data_fingerprint != meta["data_fingerprint"]:
+        notes.append("the data is not the data that the checkpoint was trained on")
+    notes += _apply_changed_options(engine, config.optimizer, meta["optimizer"])
+    notes += [f"no callback takes the state of {name!r}" for name in callbacks.load_state_dict(meta["callbacks"])]
+    reporter.event("restore", step=progress.step, path=str(path), layout=here, saved_layout=meta["layout"], notes=notes)
+    saved = (
+        "the same layout"
+        if meta["layout"] == here
+        else f"saved under {describe_layout(meta['layout'])}, now {describe_layout(here)}"
+    )
+    reporter.say(f"resumed from {path} at step {progress.step} ({saved})")
+    for note in notes:
+        reporter.say(f"  note: {note}")
+    return path
+
+
+def _apply_changed_options(engine: Engine, optimizer: schema.Optimizer, saved: dict[str, Any]) -> list[str]:
+    """Let the configuration win where it was changed by force; param groups otherwise keep what the checkpoint had."""
+    changed = [name for name in ("weight_decay", "betas", "eps", "momentum") if getattr(optimizer, name) != saved[name]]
+    for group in engine.ds.optimizer.param_groups:
+        for name in changed:
+            if name in group and not (name == "weight_decay" and group[name] == 0):  # the no-decay group stays one
+                value = getattr(optimizer, name)
+                group[name] = tuple(value) if name == "betas" else value
+    return [f"optimizer.{name} is now {getattr(optimizer, name)}, was {saved[name]}" for name in changed]
+
+
+def layout_of(config: schema.Config, world_size: int) -> dict[str, Any]:
+    """The layout as stored in a checkpoint."""
+    parallel = config.parallel
+    degrees = {"tp": parallel.tp, "pp": parallel.pp, "sp": parallel.sp}
+    dp = world_size // (parallel.tp * parallel.pp * parallel.sp)
+    return {
+        "dp": dp,
+        **degrees,
+        "zero": config.zero.stage,
+        "offload_optimizer": config.offload.optimizer.value,
+        "offload_param": config.offload.param.value,
+    }
+
+
+def describe_layout(layout: dict[str, Any]) -> str:
+    """A layout in a few words: "dp 2, ZeRO 1, optimizer on cpu"."""
+    axes = [f"{axis} {layout[axis]}" for axis in ("dp", "tp", "pp", "sp") if axis == "dp" or layout[axis] > 1]
+    tiers = [f"{kind} on {layout[f'offload_{kind}']}" for kind in ("optimizer", "param") if layout[f"offload_{kind}"] != "none"]
+    return ", ".join([*axes, f"ZeRO {layout['zero']}", *tiers])
+
+
+def _model_builder(
+    config: schema.Config, ds_config: dict[str, Any], rank: Rank, say: Callable[[str], None]
+) -> Callable[[], torch.nn.Module]:
+    build = lookup("model", config.model.builder, key="model.builder")
+    dtype = torch_dtype(config)
+    return lambda: build(config, device=rank.device, dtype=dtype, partition=_partitioner(ds_config, config), say=say)
+
+
+def _flops_per_token(config: schema.Config, run_dir: Path) -> float:
+    """Work of one token: as planned by the launcher, or counted here for ranks that were started by hand."""
+    if (run_dir / "plan.json").exists():
+        return float(json.loads((run_dir / "plan.json").read_text())["flops_per_token"])
+    model = lookup("model", config.model.builder, key="model.builder")(
+        config, device=torch.device("meta"), dtype=torch.float32, partition=None, say=_silent
+    )
+    return flops_per_token(table_of(model), config.data.sequence_length, recompute=config.train.activation_checkpointing)
+
+
+def _partitioner(ds_config: dict[str, Any], config: schema.Config) -> Any:
+    if config.zero.stage != 3:
+        return None
+    from anyshard.parallel.zero3 import Zero3Partitioner
+
+    return Zero3Partitioner(ds_config, torch_dtype(config))
+
+
+def _fitted(task: Task, ds_config: dict[str, Any], config: schema.Config) -> Task:
+    """A user's task in the type of the run: its batches cast, and under ZeRO-3 its parameters partitioned once built."""
+    dtype, partition = torch_dtype(config), _partitioner(ds_config, config)
+
+    def build() -> torch.nn.Module:
+        model = task.model().to(dtype)
+        if partition is not None:
+            partition(list(model.parameters()))
+        return model
+
+    def collate(samples: list[Any]) -> Batch:
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}
+
+    return dataclasses.replace(task, model=build, collate=collate)
+
+
+def torch_dtype(config: schema.Config) -> torch.dtype:
+    """`precision.dtype` as torch calls it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.dtype.value]
+
+
+def _banner(config: schema.Config, batch: BatchPlan, rank: Rank) -> str:
+    layout = describe_layout(layout_of(config, rank.env.world_size))
+    name = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else "CPU"
+    return "\n".join(
+        [
+            f"{config.run.name}: {config.model.name} on {config.data.name}, {layout}, "
+            f"{config.precision.dtype.value}, {rank.env.world_size} x {name}",
+            f"batch: {batch}",
+            f"run directory: {frozen.run_dir_of(config)}",
+        ]
+    )
+
+
+def _silent(text: str) -> None:
+    """Say nothing: rank 0 speaks for all."""

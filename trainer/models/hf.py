@@ -1,0 +1,185 @@
+"""Hugging Face causal language models: presets, any configuration by path, any checkpoint, built within a memory bound.
+
+The model is made on the meta device, where it takes no memory, and then filled one module at a time (`fill.py`) from the
+seed or from safetensors (`pretrained.py`). Under ZeRO-3 each module's parameters are partitioned before the next module
+exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, initialization
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from anyshard.configs import schema
+from anyshard.configs.errors import ConfigError, Problem
+from anyshard.trainer.models.fill import Filler, Partition
+from anyshard.trainer.models.pretrained import load, local_path
+
+# taken by PretrainedConfig beside the fields of a configuration class (transformers 5.23 configuration_utils.py:428)
+COMMON_KEYS = frozenset({"model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "num_labels"})
+
+
+def hf_config(model: schema.Model, data: schema.Data) -> PretrainedConfig:
+    """The transformers configuration of `model`, with our attention implementation and without a key-value cache.
+
+    Raises:
+        ConfigError: there is no such model, a key of `model.config` is unknown or refused, or `data` does not fit the model.
+    """
+    config = _from_path(model, model.path) if model.path else _from_fields(model)
+    config._attn_implementation = model.attention
+    config.use_cache = False
+    _check_data(config, data)
+    return config
+
+
+def build(
+    config: schema.Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    partition: Partition | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> PreTrainedModel:
+    """Build the model of `config.model` with its weights in `dtype` on `device`, ready to train.
+
+    The weights depend on `config.seed` and the parameters' names alone (`model.init=random`), or are those of the checkpoint.
+    Memory: a process holds what `partition` keeps of the finished modules (its share; everything without `partition`), plus
+
+    - random: the parameters of one module in float32, and once more in `dtype` where that is another or another device;
+    - pretrained: one tensor in `dtype`, and the pages of the file it is read from (the system may drop those). A tensor that
+      is fused from many (experts of a mixture) takes up to three times its size.
+
+    On top comes what the C library keeps of blocks that it was given back: glibc reuses those below 32 MiB.
+
+    Args:
+        device: where the parameters go; on the meta device nothing is filled.
+        partition: ZeRO-3: called with the parameters of one module after another, turns each into this rank's share.
+        say: prints a line about what takes time.
+
+    Collective: every rank calls it where `partition` communicates.
+
+    Raises:
+        ConfigError: the configuration makes no model, or the checkpoint does not fit it.
+    """
+    hf = hf_config(config.model, config.data)
+    pretrained = config.model.init is schema.Init.pretrained
+    if pretrained and not config.model.path:
+        raise ConfigError(
+            Problem(
+                "model.init", "pretrained", "model.path does not say of what.", "Set model.path to a directory or a hub id."
+            )
+        )
+    model = _on_meta(hf, config.model)
+    if device.type != "meta":
+        filler = Filler(model, device=device, dtype=dtype, partition=partition)
+        if pretrained:
+            load(filler, str(config.model.path), seed=config.seed, say=say)
+        else:
+            filler.init(filler.slots, config.seed)
+    if config.train.activation_checkpointing:
+        with _refused("train.activation_checkpointing", True):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+def _on_meta(hf: PretrainedConfig, model: schema.Model) -> PreTrainedModel:
+    if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(hf, "auto_map", {}):
+        key, value = ("model.path", model.path) if model.path else ("model.config.model_type", hf.model_type)
+        reason = f"transformers has no causal language model with a {type(hf).__name__}."
+        raise ConfigError(
+            Problem(key, value, reason, "Choose another model, or register a builder of your own (model.builder).")
+        )
+    key, value = "model.attention", model.attention
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops(), _refused(key, value):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call, unused-ignore]
+            hf, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+        )
+    return built
+
+
+def _from_path(model: schema.Model, path: str) -> PretrainedConfig:
+    with _refused("model.path", path):
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(local_path(path), trust_remote_code=model.trust_remote_code)
+    if not model.config:
+        return loaded
+    kind = model.config.get("model_type", loaded.model_type)
+    if kind != loaded.model_type:
+        reason = f"the model of model.path={path} is a {loaded.model_type}."
+        raise ConfigError(Problem("model.config.model_type", kind, reason, "Use model=hf with model.path, or leave it out."))
+    _check_keys(type(loaded), model.config)
+    with _refused("model.config", model.config):
+        merged: PretrainedConfig = type(loaded).from_dict({**loaded.to_dict(), **model.config})
+    return merged
+
+
+def _from_fields(model: schema.Model) -> PretrainedConfig:
+    kind = model.config.get("model_type")
+    if kind is None:
+        fix = "Choose a preset (model=llama_15m), set model.path, or model.config.model_type."
+        raise ConfigError(Problem("model.config.model_type", kind, "nothing says what the model is.", fix))
+    if kind not in CONFIG_MAPPING:
+        fix = f"{_did_you_mean(kind, CONFIG_MAPPING)}transformers knows {len(CONFIG_MAPPING)}, such as llama, gpt2, qwen3."
+        raise ConfigError(Problem("model.config.model_type", kind, "transformers has no model of this kind.", fix))
+    _check_keys(CONFIG_MAPPING[kind], model.config)
+    with _refused("model.config", model.config):
+        made: PretrainedConfig = AutoConfig.for_model(**model.config)
+    return made
+
+
+def _check_keys(config_class: type[PretrainedConfig], given: dict[str, Any]) -> None:
+    if not is_dataclass(config_class):  # remote code of before transformers 5 takes what it likes
+        return
+    known = {f.name for f in fields(config_class)} | set(config_class.attribute_map) | COMMON_KEYS
+    problems = [
+        Problem(
+            f"model.config.{name}",
+            value,
+            f"{config_class.__name__} has no such field.",
+            f"{_did_you_mean(name, known)}See the fields of transformers.{config_class.__name__}.",
+        )
+        for name, value in given.items()
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_data(config: PretrainedConfig, data: schema.Data) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.sequence_length > positions:
+        raise ConfigError(
+            Problem(
+                "data.sequence_length",
+                data.sequence_length,
+                f"the model has {positions} positions.",
+                f"Set data.sequence_length={positions} or less, or choose a model with more positions.",
+            )
+        )
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {near[0]}? " if near else ""
+
+
+@contextlib.contextmanager
+def _refused(key: str, value: object) -> Iterator[None]:
+    """Turn what transformers raises for a configuration that it cannot use into our error."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError, KeyError, ImportError, AttributeError, StrictDataclassError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"transformers refuses it: {' '.join(lines)[:500]}"
+        raise ConfigError(Problem(key, value, reason, "Set a value that the message allows.")) from error

@@ -1,0 +1,1 @@
+"""Optimizers, their param groups and learning-rate schedules."""

@@ -1,0 +1,133 @@
+"""One rank as a process: `python -m anyshard.trainer.run --run-dir DIR`, or with overrides, under any launcher.
+
+`fit` does the work; this file turns what happens into exit codes, per-rank logs, and a record of the failure that the
+launcher shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from anyshard.configs import schema
+from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, AnyshardError, ConfigError
+from anyshard.configs.frozen import load_frozen
+from anyshard.configs.writing import writing
+from anyshard.trainer.stop import Interrupted, Signals
+
+logger = logging.getLogger(__name__)
+
+USAGE = "usage: python -m anyshard.trainer.run --run-dir DIR | [overrides ...] [--config-dir DIR]"
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank; returns its exit code."""
+    signals = Signals()
+    signals.install()
+    stderr = os.dup(2)
+    redirected = False
+    try:
+        if argv and argv[0] in ("-h", "--help"):
+            print(USAGE)
+            return EXIT_DONE
+        if argv and argv[0] == "--run-dir":
+            if len(argv) != 2:
+                raise ConfigError(f"--run-dir takes one folder and nothing else. {USAGE}")
+            run_dir = Path(argv[1])
+            config = load_frozen(run_dir)
+            _redirect(run_dir)
+            redirected = True
+            from anyshard.trainer.fit import fit
+
+            outcome = fit(config, signals=signals)
+        else:
+            from anyshard.trainer.fit import fit
+
+            outcome = fit(lambda: _compose(argv), signals=signals)
+    except Interrupted as interruption:
+        logger.warning("%s", interruption)
+        return EXIT_REQUEUE
+    except BaseException as error:
+        return _fail(error, stderr, redirected=redirected)
+    return EXIT_REQUEUE if outcome.stopped else EXIT_DONE
+
+
+def _compose(argv: list[str]) -> schema.Config:
+    """The configuration of overrides and, where given, `--config-dir DIR`. Rank 0 alone pays for Hydra."""
+    from anyshard.configs.compose import compose, split_arguments
+
+    overrides, config_dir = split_arguments(argv)
+    return compose(overrides, config_dir=config_dir)
+
+
+def rank_of_environment() -> int:
+    """RANK of the environment, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _redirect(run_dir: Path) -> None:
+    """Send this rank's output to its log file; rank 0 keeps the console for what people read."""
+    rank = rank_of_environment()
+    log = run_dir / "logs" / f"rank{rank:05d}.log"
+    with writing(run_dir):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    os.dup2(descriptor, 2)
+    if rank != 0:
+        os.dup2(descriptor, 1)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s {rank} %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.StreamHandler(sys.stderr)],
+    )
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.WARNING)
+        console.addFilter(lambda record: record.name.startswith("anyshard"))
+        console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logging.getLogger().addHandler(console)
+
+
+def _fail(error: BaseException, stderr: int, *, redirected: bool) -> int:
+    """Record why this rank ends, for the launcher; without one, tell it here. Returns the exit code.
+
+    Args:
+        redirected: standard error goes to the rank's log by now; `stderr` is where it went before.
+    """
+    code = error.exit_code if isinstance(error, AnyshardError) else EXIT_FAILED
+    text = str(error) if isinstance(error, AnyshardError) else "".join(traceback.format_exception(error)).rstrip()
+    rank = rank_of_environment()
+    if redirected:
+        with contextlib.suppress(OSError):  # the disk of the log may be full, which may be why this rank fails
+            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+    folder = os.environ.get("ANYSHARD_ERRORS")
+    if folder is not None:
+        record = {"rank": rank, "time": time.time(), "exit_code": code, "kind": type(error).__name__, "message": text}
+        record["for_people"] = isinstance(error, AnyshardError)
+        partial = Path(folder, f"rank{rank:05d}.partial")
+        partial.write_text(json.dumps(record))
+        partial.replace(partial.with_suffix(".json"))
+    elif rank == 0 or not isinstance(error, AnyshardError):
+        os.write(stderr, f"rank {rank}: {type(error).__name__}: {text}\n".encode())
+    return code
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: destructors of process groups may wait for ranks that are gone."""
+    with contextlib.suppress(OSError):  # a full disk or a closed terminal must not change the exit code
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main(sys.argv[1:]))

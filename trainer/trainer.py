@@ -1,0 +1,272 @@
+"""The loop, and only the loop: batch -> engine -> metrics -> callbacks -> save -> agreed to stop?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyshard.configs import schema
+from anyshard.configs.errors import CheckpointError, TrainError
+from anyshard.trainer.batch import BatchPlan
+from anyshard.trainer.callbacks.base import Callbacks
+from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_ranks
+from anyshard.trainer.evaluate import evaluate
+from anyshard.trainer.metrics import Reporter, peak_memory_gib
+from anyshard.trainer.state import Progress
+from anyshard.trainer.stop import StopControl
+from anyshard.trainer.task import Batch, Task
+
+
+@dataclass
+class Outcome:
+    """How a run of the loop ended.
+
+    Attributes:
+        step: optimizer steps done in the life of the run.
+        stopped: the reason of an early stop, None when the last step was reached.
+        loss: training loss of the last logged step.
+        evaluation: numbers of the last evaluation.
+        checkpoint: the last checkpoint that was committed.
+    """
+
+    step: int
+    stopped: str | None = None
+    loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Window:
+    """Sums since the last logged step."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    skipped_before: int = 0  # steps that DeepSpeed had dropped by then
+    data_wait_s: float = 0.0
+    stall_s: float = 0.0
+    other_s: float = 0.0  # evaluation and saves: not part of a step
+
+
+class Trainer:
+    """One rank's training loop.
+
+    Args:
+        save: writes a checkpoint of the present state and returns its path; raises CheckpointError.
+        peak_flops: floating-point operations per second of all devices together, for MFU.
+    """
+
+    def __init__(
+        self,
+        config: schema.Config,
+        task: Task,
+        engine: Engine,
+        *,
+        loader: Any,
+        batch: BatchPlan,
+        progress: Progress,
+        schedule: Any,
+        stops: StopControl,
+        reporter: Reporter,
+        callbacks: Callbacks,
+        save: Any,
+        device: torch.device,
+        rank: int,
+        run_dir: Path,
+        peak_flops: float | None,
+    ) -> None:
+        self.config, self.task, self.engine = config, task, engine
+        self.loader, self.batch, self.progress, self.schedule = loader, batch, progress, schedule
+        self.stops, self.reporter, self.callbacks, self._save = stops, reporter, callbacks, save
+        self.device, self.rank, self.run_dir, self._peak_flops = device, rank, run_dir, peak_flops
+        self.outcome = Outcome(step=progress.step)
+        self._window = Window()
+        self._tokens_per_step = batch.global_batch_size * task.tokens_per_sample
+        self._saved_step: int | None = progress.step if progress.step else None
+
+    def run(self) -> Outcome:
+        """Train until `train.max_steps` or until the ranks agree to stop. Collective: every rank calls it."""
+        train = self.config.train
+        self.engine.ds.train()
+        self.callbacks.call("on_train_start", self)
+        if self.progress.step >= train.max_steps:
+            self.reporter.say(
+                f"step {self.progress.step} of {train.max_steps}: nothing is left to train; raise train.max_steps to go on"
+            )
+        self.reporter.start_bar(self.progress.step)
+        self._window = Window(skipped_before=self.engine.skipped_steps)
+        while self.progress.step < train.max_steps:
+            record = self._step()
+            self.callbacks.call("on_step_end", self, record)
+            decision = self.stops.decide(self.progress.step)
+            if decision.stop:
+                self.outcome.stopped = decision.stop
+                break
+            self._between_steps(save_wished=decision.save)
+        self.stops.drain()
+        self._finish()
+        return self.outcome
+
+    def _step(self) -> dict[str, Any] | None:
+        """One optimizer step; returns its record when it is a logged one."""
+        window, step = self._window, self.progress.step
+        logged = self._is_logged(step + 1)
+        started = time.perf_counter()
+        micro_batches = self.loader.step(self.progress.samples)
+        window.data_wait_s += time.perf_counter() - started
+        lr = self.engine.set_lr(self.schedule(step))
+        scales = self._scales(micro_batches)
+        losses: list[Tensor] = []
+        norm: Tensor | float | None = None
+        for number, micro_batch in enumerate(micro_batches):
+            loss = self.engine.train_micro_step(self.task.loss, micro_batch, scales[number])
+            if logged:
+                losses.append(loss if self.task.num_targets is None else loss * scales[number])
+            if logged and number == len(micro_batches) - 1:
+                norm = self.engine.local_grad_norm()
+            self.engine.finish_micro_step()
+        self.progress.step += 1
+        self.progress.samples += self.batch.global_batch_size
+        self.progress.tokens += self._tokens_per_step
+        window.steps += 1
+        self.reporter.tick(self.progress.step)
+        return self._log(losses, lr, norm) if logged else None
+
+    def _is_logged(self, step: int) -> bool:
+        train = self.config.train
+        return step % train.log_every_steps == 0 or step in (1, train.max_steps)
+
+    def _scales(self, micro_batches: list[Batch]) -> Sequence[Any] | Tensor:
+        """Factors that turn the mean of micro-batch means into the mean over all targets of the global batch."""
+        if self.task.num_targets is None:
+            return [None] * len(micro_batches)
+        counts = torch.stack([self.task.num_targets(micro_batch) for micro_batch in micro_batches]).to(torch.float32)
+        total = sum_over_ranks(counts.sum())
+        return counts * (self.batch.accumulation_steps * self.batch.dp) / total.clamp(min=1)
+
+    def _log(self, losses: list[Tensor], lr: float, norm: Tensor | float | None) -> dict[str, Any]:
+        window, progress, config = self._window, self.progress, self.config
+        loss = float(mean_over_ranks(torch.stack(losses).float().mean()))
+        if norm is None:
+            norm = self.engine.grad_norm()
+        now = time.perf_counter()
+        elapsed_s = max(now - window.started_s, 1e-9)
+        step_s = max(elapsed_s - window.other_s, 1e-9) / window.steps
+        tokens_per_s = self._tokens_per_step / step_s
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "train/loss": loss,
+            "train/lr": lr,
+            "train/grad_norm": None if norm is None else float(norm),
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/step_s": step_s,
+            "perf/data_wait_pct": 100 * window.data_wait_s / (step_s * window.steps),
+            "perf/eta_s": step_s * (config.train.max_steps - progress.step),
+            "ckpt/stall_ms": 1000 * window.stall_s,
+            "mem/peak_gib": peak_memory_gib(self.device),
+        }
+        if self._peak_flops and self.task.flops_per_token:
+            record["perf/mfu_pct"] = 100 * tokens_per_s * self.task.flops_per_token / self._peak_flops
+        if self.engine.loss_scale is not None:
+            record["train/loss_scale"] = self.engine.loss_scale
+        if self.engine.loss_scale is not None or self.engine.skipped_steps:
+            record["train/skipped_steps"] = self.engine.skipped_steps
+        self.outcome.loss = loss
+        self.reporter.step(record)
+        if config.train.detect_nan:
+            self._require_finite(loss)
+        self._window = Window(skipped_before=self.engine.skipped_steps)
+        return record
+
+    def _require_finite(self, loss: float) -> None:
+        """Refuse to go on from a loss that is not finite, or where DeepSpeed silently drops every step.
+
+        Source: deepspeed 0.19.8 runtime/zero/stage_1_and_2.py and stage3.py drop a step whose gradients are not finite in
+        every precision; only under fp16 does a smaller loss scale ever end that.
+
+        Raises:
+            TrainError: it is one of the two.
+        """
+        step, window = self.progress.step, self._window
+        if not math.isfinite(loss):
+            what = f"the loss is {loss} at step {step}."
+        elif self.engine.loss_scale is None and self.engine.skipped_steps - window.skipped_before == window.steps:
+            what = f"at step {step} the gradients are not finite, as at every step since the last log line: nothing is learnt."
+        else:
+            return
+        self.reporter.event("nan", step=step, loss=str(loss))
+        raise TrainError(
+            f"{what} {self._last_good()} Lower optimizer.lr, raise schedule.warmup_steps, or look at the data; "
+            "docs/debugging.md has more. train.detect_nan=false goes on regardless."
+        )
+
+    def _last_good(self) -> str:
+        path = self.outcome.checkpoint
+        return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
+
+    def _between_steps(self, *, save_wished: bool) -> None:
+        """Evaluate and save where it is time; neither counts as step time."""
+        train, every, step = self.config.train, self.config.checkpoint.every_steps, self.progress.step
+        if step == train.max_steps:
+            return
+        started = time.perf_counter()
+        if train.eval_every_steps and step % train.eval_every_steps == 0:
+            self.evaluate()
+        if save_wished or (every and step % every == 0):
+            try:
+                self.save()
+            except CheckpointError as error:
+                self.reporter.say(f"WARNING: {error} Training goes on.")
+        self._window.other_s += time.perf_counter() - started
+
+    def evaluate(self) -> None:
+        """Evaluate on the validation data, if there is any. Collective: every rank calls it."""
+        samples = self.config.train.eval_samples
+        if self.task.validation_data is None or samples == 0:
+            return
+        numbers = evaluate(
+            self.engine.ds, self.task, samples=samples, micro_batch_size=self.batch.micro_batch_size, device=self.device
+        )
+        self.outcome.evaluation = numbers
+        record = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            **{f"eval/{name}": value for name, value in numbers.items()},
+        }
+        self.callbacks.call("on_evaluation", self, record)
+        self.reporter.evaluation(record)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state. Collective: every rank calls it; it blocks until it is committed.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank.
+        """
+        if self._saved_step == self.progress.step:
+            return
+        started = time.perf_counter()
+        self.outcome.checkpoint = self._save(self.progress, self.callbacks.state_dict())
+        self._saved_step = self.progress.step
+        self._window.stall_s += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        step = self.progress.step
+        self.outcome.step = step
+        if self.outcome.stopped:
+            self.reporter.event("stop", step=step, reason=self.outcome.stopped)
+            self.reporter.say(f"stopping after step {step}: {self.outcome.stopped}")
+            self.save()
+            return
+        self.evaluate()
+        if self.config.checkpoint.at_end:
+            self.save()
+        self.callbacks.call("on_train_end", self)
+        self.reporter.event("done", step=step, **self.outcome.evaluation)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from anyshard.configs.errors import ConfigError
 from anyshard.configs.rules import with_sources
-from anyshard.configs.schema import RESUME_WORDS, Config
+from anyshard.configs.schema import BUILT_IN_TOKENIZERS, RESUME_WORDS, Config
 from anyshard.configs.sources import OURS, config_dirs, group_choices, set_by
 from anyshard.configs.structure import structure
 
@@ -144,8 +144,20 @@ def finalize(config: Config, now: datetime, cwd: Path | None = None) -> Config:
     if result.data.source == "text":
         result.data.path = result.data.path and _absolute(result.data.path, base)
         result.data.validation_path = result.data.validation_path and _absolute(result.data.validation_path, base)
+    else:
+        result.data.path = result.data.path and _absolute_if_here(result.data.path, base)
+    if result.data.tokenizer not in BUILT_IN_TOKENIZERS:
+        result.data.tokenizer = _absolute_if_here(result.data.tokenizer, base)
+    result.model.path = result.model.path and _absolute_if_here(result.model.path, base)
+    result.data.cache_dir = result.data.cache_dir and _absolute(result.data.cache_dir, base)
     return result
 
 
 def _absolute(path: str, base: Path) -> str:
     return str(base / Path(path).expanduser())
+
+
+def _absolute_if_here(path_or_id: str, base: Path) -> str:
+    """A path that exists, absolute; a hub id stays as it is."""
+    found = _absolute(path_or_id, base)
+    return found if Path(found).exists() else path_or_id

@@ -73,6 +73,9 @@ class WandbMode(Enum):
 RESUME_WORDS = ("auto", "never", "must")
 """Values of `resume` that are not a path."""
 
+BUILT_IN_TOKENIZERS = ("bytes", "bpe")
+"""Values of `data.tokenizer` that are not a path."""
+
 
 @dataclass
 class Run:

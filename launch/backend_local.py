@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, EnvError
+from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, ConfigError, EnvError, Problem
 from anyshard.configs.writing import writing
 from anyshard.launch.env import is_port_free
 from anyshard.launch.spec import LaunchSpec, Rendered
@@ -53,11 +53,16 @@ class LocalBackend:
         return Rendered(argv, spec.env)
 
     def check(self, spec: LaunchSpec) -> None:
-        """Look at the port.
+        """One node, and a free port.
 
         Raises:
-            EnvError: it is taken.
+            ConfigError: more than this node is asked for.
+            EnvError: the port is taken.
         """
+        if spec.nodes > 1:
+            why = "launch=local starts the ranks of this node alone."
+            fix = "Start 'torchrun ... -m anyshard.trainer.run' on every node (README, On a cluster), or set launch.nodes=1."
+            raise ConfigError(Problem("launch.nodes", spec.nodes, why, fix))
         if spec.port is not None and not is_port_free(spec.port):
             raise EnvError(
                 f"launch.port={spec.port}: something listens on this port already. "

@@ -14,6 +14,7 @@ from anyshard.configs.compose import sweep as sweep_jobs
 from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
 from anyshard.configs.registry import lookup
 from anyshard.configs.resume import override_frozen
+from anyshard.configs.run_lock import check_free
 from anyshard.configs.world import resolve_world
 from anyshard.configs.writing import write_file
 from anyshard.launch.env import find_hardware
@@ -38,6 +39,7 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
     config = resolve_world(config, find_hardware().num_gpus)
     rules.require(config)
     run_dir = frozen.run_dir_of(config)
+    check_free(run_dir)
     frozen.check_run_dir(config, run_dir, force=force)
     if config.launch.name == "local":
         check_inputs(config)

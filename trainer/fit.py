@@ -6,6 +6,7 @@ before the loop leaves the run directory as it was found, but for logs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from anyshard.configs import frozen, rules, schema, world
 from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
+from anyshard.configs.run_lock import only_run
 from anyshard.configs.writing import write_file
 from anyshard.offload.op_cache import extensions_dir
 from anyshard.parallel import comm
@@ -72,6 +74,7 @@ def fit(
 
     Raises:
         ConfigError, DataError, EnvError: something is wrong and nothing was changed.
+        EnvError: also where another run is alive in the run directory.
         CheckpointError: no checkpoint could be restored, or the last one not written.
         TrainError: the loss is not finite, or a callback failed.
     """
@@ -80,11 +83,10 @@ def fit(
         signals = Signals()
         signals.install()
     rank = _join(config, started_s)
-    try:
-        agreed = _agree(config, rank)
+    with contextlib.ExitStack() as held:
+        held.callback(setattr, signals, "training", False)
+        agreed = _agree(config, rank, held)
         return _fit(agreed, task, rank, signals)
-    finally:
-        signals.training = False
 
 
 def _join(config: schema.Config | Callable[[], schema.Config], started_s: float) -> Rank:
@@ -100,12 +102,16 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     return Rank(env, device, comm.control_group(env, timeout_s=timeout_s), started_s)
 
 
-def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank) -> schema.Config:
-    """Rank 0's configuration, checked and frozen, on every rank; its error on every rank too. Collective."""
+def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank, held: contextlib.ExitStack) -> schema.Config:
+    """Rank 0's configuration, checked and frozen, on every rank; its error on every rank too. Collective.
+
+    Args:
+        held: keeps the lock of the run directory.
+    """
     result: list[Any] = [None]
     if rank.env.rank == 0:
         try:
-            result[0] = _freeze(config() if callable(config) else config, rank)
+            result[0] = _freeze(config() if callable(config) else config, rank, held)
         except AnyshardError as error:
             result[0] = error
     if rank.control is not None:
@@ -116,7 +122,7 @@ def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank) -> s
     return agreed
 
 
-def _freeze(config: schema.Config, rank: Rank) -> schema.Config:
+def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack) -> schema.Config:
     """Resolve what depends on the ranks that are here, check, and write the run directory unless it is frozen."""
     nodes, procs = rank.env.world_size // rank.env.local_world_size, rank.env.local_world_size
     asked = world.world_size(config)
@@ -130,6 +136,7 @@ def _freeze(config: schema.Config, rank: Rank) -> schema.Config:
     run_dir = frozen.run_dir_of(config)
     frozen.check_run_dir(config, run_dir)
     batch = plan_batch(config.train, rank.env.world_size)
+    held.enter_context(only_run(run_dir))
     frozen.freeze(config, [], run_dir)
     write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
     return config
@@ -222,7 +229,8 @@ def _train(
     )
     trainer.outcome.checkpoint = restored
     signals.training = True
-    return trainer.run()
+    with contextlib.closing(loader):
+        return trainer.run()
 
 
 def _restore(

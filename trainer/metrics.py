@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -90,8 +91,11 @@ class JsonLines:
             self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        line = json.dumps(record).encode() + b"\n"
+        """Append one record; JSON has no word for a number that is not finite: null."""
+        sayable = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+        }
+        line = json.dumps(sayable).encode() + b"\n"
         before = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from anyshard.configs import schema
 from anyshard.configs.errors import DataError, Problem
+from anyshard.configs.schema import BUILT_IN_TOKENIZERS
 from anyshard.trainer.data.cache import build_once, cache_root, fingerprint
 from anyshard.trainer.data.files import is_missing_path
 
@@ -233,7 +234,7 @@ def _bpe_damage(folder: Path) -> str | None:
 
 
 def _no_tokenizer(name: str, reason: str) -> DataError:
-    near = difflib.get_close_matches(name, ["bytes", "bpe"], n=1)
+    near = difflib.get_close_matches(name, BUILT_IN_TOKENIZERS, n=1)
     fix = f"Did you mean {near[0]}? " if near else ""
     fix += "Set bytes, bpe, or the path of a tokenizer.json or of a Hugging Face tokenizer's folder, or its hub id."
     return DataError(Problem("data.tokenizer", name, reason, fix))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anyshard.configs.errors import DataError, Problem
+from anyshard.configs.schema import BUILT_IN_TOKENIZERS
 from anyshard.trainer.data.files import is_missing_path
 
 
@@ -24,7 +25,7 @@ def tokenizer_ids(name: str) -> int | None:
         )
         raise DataError(Problem("data.tokenizer", name, reason, fix))
     file = path / "tokenizer.json" if path.is_dir() else path
-    if name in ("bytes", "bpe") or not file.is_file():
+    if name in BUILT_IN_TOKENIZERS or not file.is_file():
         return None
     try:
         return _count(json.loads(file.read_text(encoding="utf-8")))

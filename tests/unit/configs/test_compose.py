@@ -186,6 +186,18 @@ def test_a_hub_id_is_not_taken_for_a_path() -> None:
     assert config.data.path == "org/name"
 
 
+def test_local_folders_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
+    for name in ("my/model", "my/data", "my/tokenizer"):
+        (tmp_path / name).mkdir(parents=True)
+    overrides = ["model=hf", "model.path=my/model", "data=hf", "data.path=my/data", "data.tokenizer=my/tokenizer"]
+    config = finalize(compose_with_sources([*overrides, "data.cache_dir=cache"]).config, datetime(2026, 1, 1), cwd=tmp_path)
+    assert (config.model.path, config.data.path) == (f"{tmp_path}/my/model", f"{tmp_path}/my/data")
+    assert (config.data.tokenizer, config.data.cache_dir) == (f"{tmp_path}/my/tokenizer", f"{tmp_path}/cache")
+    (tmp_path / "bytes").mkdir()
+    config = finalize(compose_with_sources(["model=hf", "model.path=o/m"]).config, datetime(2026, 1, 1), cwd=tmp_path)
+    assert (config.model.path, config.data.tokenizer) == ("o/m", "bytes")
+
+
 def test_sweep_keeps_the_searchpath(tmp_path: Path) -> None:
     searchpath = f"hydra.searchpath=[file://{tmp_path}]"
     assert sweep([searchpath, "zero=z1,z2"]) == [[searchpath, "zero=z1"], [searchpath, "zero=z2"]]

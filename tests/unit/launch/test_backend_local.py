@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anyshard.configs.errors import EnvError
+from anyshard.configs.errors import ConfigError, EnvError
 from anyshard.launch import backend_local
 from anyshard.launch.backend_local import LocalBackend
 from anyshard.launch.spec import LaunchSpec
@@ -20,6 +20,11 @@ def test_render_is_torchrun():
         "OMP_NUM_THREADS=1 \\\n"
         "/venv/bin/python -m torch.distributed.run --nproc-per-node=2 --standalone -m anyshard.trainer.run --run-dir /runs/x"
     )
+
+
+def test_several_nodes_are_another_launchers_work():
+    with pytest.raises(ConfigError, match=r"launch\.nodes=2: .*torchrun"):
+        LocalBackend().check(LaunchSpec(**{**SPEC.__dict__, "nodes": 2}))
 
 
 def test_a_port_of_ones_own():

@@ -97,6 +97,14 @@ def test_peak_memory_of_this_process_is_plausible():
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 100
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "train/grad_norm": float("inf"), "train/loss": float("nan"), "perf/step_s": 0.5})
+    file.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert record == {"step": 1, "train/grad_norm": None, "train/loss": None, "perf/step_s": 0.5}
+
+
 def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     """A limit on the size of files stands for the disk: the system writes a part and then refuses, alike."""
     lines = JsonLines(tmp_path / "metrics.jsonl")

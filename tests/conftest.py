@@ -7,16 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 from helpers.ranks import close_pools
+from helpers.sampling import SEED_VARIABLE, seed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ[SEED_VARIABLE] = str(seed())  # the same in every worker, also at midnight
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _pools() -> Iterator[None]:
     yield
     close_pools()
+
+
+def pytest_report_header() -> str:
+    return f"campaigns are sampled by {SEED_VARIABLE}={seed()}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

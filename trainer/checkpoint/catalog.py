@@ -92,7 +92,6 @@ def _read(path: Path, nbytes: int | None) -> bytes:
         size = path.stat().st_size
         if size > MAX_MANIFEST_BYTES or (nbytes is not None and size != nbytes):
             expected = f"at most {MAX_MANIFEST_BYTES}" if nbytes is None else str(nbytes)
-            expected = f"at most {MAX_MANIFEST_BYTES}" if nbytes is None else str(nbytes)
             raise CheckpointError(f"{path}: it has {size} bytes, {expected} were expected.")
         return path.read_bytes()
     except OSError as error:

@@ -61,7 +61,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A live view of `numel` elements from `start` of a global tensor.
+    """A live view of `numel` elements from `start` of the row-major elements of a shard of a global tensor.
+
+    Attributes:
+        shard: the box of the global tensor that an axis such as tensor parallelism gave this rank; None for the whole.
 
     Shape: view is flat, one element for each.
     """
@@ -70,6 +73,7 @@ class Fragment:
     start: int
     view: torch.Tensor
     replicated: bool
+    shard: Box | None = None
 
     @property
     def numel(self) -> int:
@@ -78,8 +82,8 @@ class Fragment:
 
     @property
     def box(self) -> Box:
-        """The box that `start` counts in: the whole tensor, as long as no axis cuts tensors in boxes."""
-        return full_box(self.tensor.shape)
+        """The box that `start` counts in."""
+        return full_box(self.tensor.shape) if self.shard is None else self.shard
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def fragments_to_write(fragments: Iterable[Fragment], rank: int, world_size: int
     replicated = [fragment for fragment in held if fragment.replicated]
     for index, start, numel in share([fragment.numel for fragment in replicated], rank, world_size):
         whole = replicated[index]
-        alone.append(Fragment(whole.tensor, whole.start + start, whole.view.narrow(0, start, numel), replicated=False))
+        alone.append(replace(whole, start=whole.start + start, view=whole.view.narrow(0, start, numel), replicated=False))
     return alone
 
 

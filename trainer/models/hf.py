@@ -87,7 +87,9 @@ def build(
             filler.init(filler.slots, config.seed)
     if config.train.activation_checkpointing:
         with _refused("train.activation_checkpointing", True):
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it, and warns of the old name
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     model.train()
     return model
 

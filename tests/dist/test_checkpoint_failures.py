@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from helpers.checkpoint_engines import Layout, engine_of, logical_state, manager, scrambled_llama, tiny_llama, train
+from helpers.hardware import needs_fp16
 from helpers.ranks import RanksError, run_ranks
 
 pytestmark = pytest.mark.dist
@@ -375,6 +376,7 @@ def loss_scaling(directory: str, layout: Layout, resume: bool) -> dict[str, Any]
         return {"scaler": learnt, "state": logical_state(engine), "notes": notes}
 
 
+@needs_fp16
 def test_fp16_loss_scaling_goes_on(tmp_path: Path) -> None:
     before = run_ranks(loss_scaling, 2, directory=str(tmp_path), layout=Layout(2, 2, dtype="fp16"), resume=False)[0]
     assert before["scaler"]["cur_iter"] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.fitting import curve, train
+from helpers.hardware import NO_FP16, has_fp16, needs_fp16
 
 from anyshard.configs.composes import legal_cells
 
@@ -78,21 +79,16 @@ CELLS = [cell for cell in legal_cells() if cell[2] != "fp32" or cell[1] == "cpu_
 @pytest.mark.parametrize(("stage", "offload", "precision"), CELLS)
 def test_every_legal_cell_follows_fp32(tmp_path, reference, stage, offload, precision):
     """Half precision within 3 %: 8 bits of mantissa in bf16, a high learning rate (1.5 % was seen), masters in fp32."""
-    import torch
-
-    if precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        pytest.skip("this CPU has no fp16 arithmetic (avx512_fp16), and DeepSpeed refuses fp16 without")
+    if precision == "fp16" and not has_fp16:
+        pytest.skip(NO_FP16)
     overrides = [f"zero={stage}", f"offload={offload}", f"precision={precision}"]
     overrides.append("precision.initial_scale_power=10")  # no step overflows, so none is dropped
     losses = curve(tmp_path / "run", [*BASE, *overrides], 2)
     assert losses == pytest.approx(reference["train/loss"], rel=1e-5 if precision == "fp32" else 3e-2)
 
 
+@needs_fp16
 def test_a_loss_scale_that_overflows_drops_the_step_and_halves(tmp_path):
-    import torch
-
-    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        pytest.skip("this CPU has no fp16 arithmetic (avx512_fp16), and DeepSpeed refuses fp16 without")
     overrides = ["precision=fp16", "precision.initial_scale_power=24", "precision.hysteresis=1", "train.detect_nan=false"]
     last = train(tmp_path / "run", [*BASE, *overrides], 2)[-1]
     assert 1 <= last["train/skipped_steps"] < 20

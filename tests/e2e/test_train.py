@@ -142,7 +142,8 @@ def test_ctrl_c_before_the_first_step_loses_nothing(tmp_path, phase):
     code, _, err = finish(process)
     assert code == 75 if phase != "compose" else code in (75, 130, -signal.SIGINT), err
     assert "Traceback" not in err
-    assert not (run / "checkpoints").exists() or list((run / "checkpoints").iterdir()) == []
+    saved = list((run / "checkpoints").glob("*")) if (run / "checkpoints").exists() else []
+    assert bool(saved) == bool(happened(run, "commit"))  # on a slow day the first step was over before the signal
 
 
 def test_a_killed_rank_ends_the_run_and_the_next_start_continues(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.configs import make_config
+from helpers.hardware import needs_fp16
 from helpers.ranks import run_ranks
 from helpers.upstream import still
 
@@ -100,7 +101,7 @@ def _checkpoints_activations(ds_config: dict[str, Any]) -> bool:
     return bool(engine.module.is_gradient_checkpointing)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_stage_0_takes_a_phantom_step_in_low_precision(dtype: str) -> None:
     """runtime/fp16/unfused_optimizer.py:108 and :412: the optimizer steps on zero gradients when it is built."""
     steps = run_ranks(_steps_taken_at_start, 2, ds_config={**BATCH, dtype: {"enabled": True}})[0]

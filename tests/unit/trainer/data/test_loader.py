@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import threading
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.sampling import seed
 
 from anyshard.trainer.batch import BatchPlan
 from anyshard.trainer.data.loader import Loader, collate_tokens
@@ -58,6 +60,29 @@ def test_every_layout_sees_the_same_global_batch(dp: int) -> None:
     order = SampleOrder(40, seed=5).indices(36, 12).tolist()
     seen = [n for j in range(batch.accumulation_steps) for rank in range(dp) for n in steps[rank][j]["numbers"].tolist()]
     assert seen == order
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_every_sample_once_an_epoch_through_crashes_and_resizes(number: int) -> None:
+    """A run of several lives: each has its own dp and micro batch, goes back to the last save, and ends anywhere."""
+    random = Random(1000 * seed() + number)
+    num_samples, global_batch_size = random.randint(5, 60), random.choice([4, 6, 12])
+    num_steps = 2 * num_samples // global_batch_size + 1
+    cuts = [(micro, dp) for micro in (1, 2, 3) for dp in (1, 2, 3, 4) if global_batch_size % (micro * dp) == 0]
+    seen: list[list[int]] = []  # the global batches that became part of the model
+    saved = 0
+    while len(seen) < num_steps:
+        micro, dp = random.choice(cuts)
+        batch = BatchPlan(global_batch_size, micro, global_batch_size // (micro * dp), dp)
+        loaders = [loader(Numbers(num_samples), batch, rank, prefetch=False) for rank in range(dp)]
+        del seen[saved:]
+        for _ in range(random.randint(1, 6)):
+            steps = [each.step(len(seen) * global_batch_size) for each in loaders]
+            seen.append([n for j in range(batch.accumulation_steps) for step in steps for n in step[j]["numbers"].tolist()])
+            saved = random.choice([saved, len(seen)])
+    flat = [number for step in seen for number in step]
+    for epoch in range(len(flat) // num_samples):
+        assert sorted(flat[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

@@ -112,4 +112,5 @@ def _translate(error: Exception) -> Problem:
     context = " ".join(str(error).split()) if cause is not error else ""
     where = f" ({context})" if context else ""
     fix = f"Correct it{where}; 'anyshard config ls' lists groups, 'anyshard config explain' keys."
-    return Problem(str(getattr(cause, "full_key", None) or "configuration"), None, f"{reason}.", fix)
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)  # in a debugger the causes differ
+    return Problem(str(key or "configuration"), None, f"{reason}.", fix)

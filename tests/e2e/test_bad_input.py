@@ -7,13 +7,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers.cli import SMOKE, anyshard, events, happened, steps
+from helpers.cli import SMOKE, anyshard, environment, events, finish, happened, start, steps, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -271,6 +272,42 @@ def test_a_port_in_use(tmp_path):
         port = sock.getsockname()[1]
         said = refused(tmp_path, *ONE, f"launch.port={port}", code=3)
     assert f"launch.port={port}: something listens on this port already." in said
+
+
+def by_hand(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "anyshard.trainer.run", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_ranks_started_by_hand_that_cannot_meet(tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = str(sock.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        done = by_hand(*SMOKE, "run.dir=run", cwd=tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **ranks)
+    assert done.returncode == 3
+    assert f"the ranks could not meet at 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_by_hand_takes_no_overrides(tmp_path):
+    done = by_hand("--run-dir", "run", "seed=2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--run-dir takes one folder and nothing else" in done.stderr
+
+
+def test_a_run_directory_with_a_live_run(tmp_path):
+    process = start("train", *ONE, "run.dir=run", "train.max_steps=100000", cwd=tmp_path)
+    wait_for(lambda: steps(tmp_path / "run"), process)
+    said = refused(tmp_path, *ONE, "run.dir=run", "train.max_steps=100000", code=3)
+    assert f"run.dir={tmp_path}/run: a run is alive in it (process " in said
+    again = by_hand("--run-dir", "run", cwd=tmp_path)
+    assert again.returncode == 3
+    assert "a run is alive in it" in again.stderr
+    assert anyshard("runs", "stop", "run", cwd=tmp_path).returncode == 0
+    assert finish(process)[0] == 75
 
 
 @pytest.mark.parametrize(("zero", "said"), [("z0", "the loss is nan at step"), ("z1", "the gradients are not finite")])

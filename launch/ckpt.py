@@ -1,4 +1,4 @@
-"""What `anyshard ckpt ls|show|verify` print: the checkpoints of a run, without torch and without a device."""
+"""What `anyshard ckpt ls|show|verify|prune` print: the checkpoints of a run, without torch and without a device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED
-from anyshard.trainer.checkpoint import catalog
+from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, EnvError
+from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Commit, Manifest
 
 
@@ -122,21 +122,78 @@ def verify(path: Path, *, as_json: bool = False) -> int:
         CheckpointError: there is no such checkpoint.
     """
     path = catalog.resolve(Path(path))
+    damages = _verify(path, show_progress=not as_json)
     if as_json:
-        damages = catalog.verify(path)
         print(json.dumps({"path": str(path), "damages": [vars(damage) for damage in damages]}))
         return EXIT_FAILED if damages else EXIT_DONE
     console = Console()
-    columns = (TextColumn(f"verifying {path.name}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("verify", total=None)
-        damages = catalog.verify(path, lambda done, total: progress.update(task, completed=done, total=total))
     if not damages:
         console.print(f"{path}: every byte is as it was written", highlight=False, soft_wrap=True)
         return EXIT_DONE
     for damage in damages:
         console.print(f"{path}: {damage}", highlight=False, soft_wrap=True, markup=False)
     return EXIT_FAILED
+
+
+def _verify(path: Path, *, show_progress: bool) -> list[catalog.Damage]:
+    columns = (TextColumn(f"verifying {path.name}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True, disable=not show_progress) as progress:
+        task = progress.add_task("verify", total=None)
+        return catalog.verify(path, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def prune(run: Path, *, keep: int, keep_every: int = 0, dry_run: bool = False, as_json: bool = False) -> int:
+    """Remove the checkpoints of a run that are older than its `keep` newest good ones; returns 0.
+
+    Those that stay are read to the last byte, since only they make the others superfluous. A damaged one does not count, and
+    goes when it is older than all that stay.
+
+    Raises:
+        CheckpointError: there is no good checkpoint, or a save is going on.
+        EnvError: one could not be removed.
+    """
+    directory = next((each for each in (run, run / "checkpoints") if catalog.list_checkpoints(each)), run / "checkpoints")
+    writing = retention.being_written(directory)
+    if writing:
+        raise CheckpointError(
+            f"{writing[0]} is being written: a run that saves removes old checkpoints itself (checkpoint.keep). "
+            "Prune when it has stopped, or when the save is done."
+        )
+    found = _verified(catalog.list_checkpoints(directory), keep, show_progress=not as_json)
+    if not any(each.problem is None for each in found):
+        raise CheckpointError(f"{run}: there is no good checkpoint, so nothing may go.")
+    going = retention.plan_removal(found, keep, keep_every)
+    if not dry_run:
+        for path in going:
+            try:
+                retention.remove(path)
+            except OSError as error:
+                raise EnvError(f"{path}: cannot be removed ({error.strerror}).") from error
+        retention.collect(directory)
+    if as_json:
+        staying = [str(each.path) for each in found if each.path not in going]
+        problems = {str(each.path): each.problem for each in found if each.problem}
+        print(json.dumps({"removed": [str(path) for path in going], "kept": staying, "problems": problems, "dry_run": dry_run}))
+        return EXIT_DONE
+    console = Console()
+    for each in found:
+        fate = "stays" if each.path not in going else "would go" if dry_run else "removed"
+        damage = f" (damaged: {each.problem})" if each.problem else ""
+        console.print(f"{each.path}: {fate}{damage}", highlight=False, soft_wrap=True, markup=False)
+    return EXIT_DONE
+
+
+def _verified(found: list[catalog.Found], keep: int, *, show_progress: bool) -> list[catalog.Found]:
+    """The same, newest first, with what reading tells of them, as far as `keep` good ones."""
+    checked, sound = [], 0
+    for each in found:
+        problem = each.problem
+        if problem is None and sound < keep:
+            damages = _verify(each.path, show_progress=show_progress)
+            problem = str(damages[0]) if damages else None
+            sound += problem is None
+        checked.append(catalog.Found(each.path, each.step, problem))
+    return checked
 
 
 def _layout(layout: Mapping[str, Any]) -> str:

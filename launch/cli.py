@@ -19,7 +19,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distributed training over DeepSpeed: composed with Hydra, planned before it starts, resumable on any other layout.",
 )
-ckpt_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints and check them.", rich_markup_mode=None)
+ckpt_app = typer.Typer(
+    no_args_is_help=True, help="Look at checkpoints, check, compare, convert and remove them.", rich_markup_mode=None
+)
 runs_app = typer.Typer(no_args_is_help=True, help="Look at runs, stop them, draw them.", rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Groups, choices and keys of the configuration.", rich_markup_mode=None)
 app.add_typer(ckpt_app, name="ckpt")
@@ -36,6 +38,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 Target = Annotated[
     Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint directory.", metavar="RUN|CHECKPOINT")
+]
+
+Source = Annotated[
+    Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint directory.", metavar="SOURCE")
 ]
 
 
@@ -117,6 +123,57 @@ def ckpt_verify(path: Target, as_json: AsJson = False) -> None:
     from anyshard.launch import ckpt
 
     raise typer.Exit(ckpt.verify(path, as_json=as_json))
+
+
+@ckpt_app.command("export")
+def ckpt_export(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.", metavar="OUT")],
+    to: Annotated[
+        str, typer.Option(help="hf (Hugging Face), universal (DeepSpeed) or dcp (torch.distributed.checkpoint).")
+    ] = "hf",
+    dtype: Annotated[
+        Optional[str], typer.Option(help="bf16, fp16 or fp32; with --to hf.", show_default="the type of the run")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file; with --to hf.")] = "5GB",
+    config: Annotated[
+        Optional[Path], typer.Option(help="config.json of the model, where the checkpoint has none.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in a format that others read."""
+    from anyshard.launch import interop
+
+    raise typer.Exit(
+        interop.export(source, out, to=to, dtype=dtype, max_shard_size=max_shard_size, config=config, as_json=as_json)
+    )
+
+
+@ckpt_app.command("diff")
+def ckpt_diff(
+    a: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a checkpoint of another format.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="What to compare it with.", metavar="B")],
+    weights: Annotated[bool, typer.Option("--weights", help="Compare parameters and buffers only.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor; exit code 0: the same, 1: different."""
+    from anyshard.launch import interop
+
+    raise typer.Exit(interop.diff(a, b, weights_only=weights, as_json=as_json))
+
+
+@ckpt_app.command("prune")
+def ckpt_prune(
+    run: RunDir,
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay; only those that verify count.")],
+    keep_every: Annotated[int, typer.Option(min=0, help="Checkpoints of multiples of this step stay too; 0: none.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old checkpoints of a run, never the last good one."""
+    from anyshard.launch import ckpt
+
+    raise typer.Exit(ckpt.prune(run, keep=keep, keep_every=keep_every, dry_run=dry_run, as_json=as_json))
 
 
 @runs_app.command("ls")

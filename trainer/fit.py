@@ -33,11 +33,12 @@ from anyshard.trainer.checkpoint.manager import CheckpointManager
 from anyshard.trainer.data.build import build_data
 from anyshard.trainer.data.loader import Loader
 from anyshard.trainer.data.order import SampleOrder
-from anyshard.trainer.data.tokenizers import vocab_size
+from anyshard.trainer.data.tokenizers import save_tokenizer, vocab_size
 from anyshard.trainer.ds_config import compile_ds_config
 from anyshard.trainer.engine import Engine, build_engine, require_dtype
 from anyshard.trainer.flops import flops_per_token
 from anyshard.trainer.metrics import Reporter
+from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
 from anyshard.trainer.models.table import table_of
 from anyshard.trainer.peak import device_peak_flops
@@ -162,6 +163,8 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
             task = lm.build_lm_task(config, splits, _model_builder(config, ds_config, rank, reporter.say if first else _silent))
             task.flops_per_token = _flops_per_token(config, run_dir) if first else None
             data_fingerprint = splits.fingerprint
+            if first:
+                save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
         else:
             task = _fitted(task, ds_config, config)
         engine = build_engine(config, ds_config, task.model, device=rank.device)
@@ -202,6 +205,7 @@ def _train(
             "global_batch_size": batch.global_batch_size,
             "optimizer": dataclasses.asdict(config.optimizer),
             "callbacks": callback_state,
+            "model": describe_model(engine.ds.module),
         }
         result = manager.save(engine.ds, step=progress.step, meta=meta, rank_meta={"rng": rng_state()})
         return result.path

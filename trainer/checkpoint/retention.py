@@ -95,17 +95,29 @@ def collect(directory: Path) -> list[str]:
     return done
 
 
-def plan_removal(found: Sequence[Found], keep: int) -> list[Path]:
+def plan_removal(found: Sequence[Found], keep: int, keep_every: int = 0) -> list[Path]:
     """Checkpoints to remove so that the `keep` newest sound ones stay; 0 keeps all.
 
     A damaged one does not count, and goes once it is older than all that stay. While there is a sound one, one stays.
+
+    Args:
+        keep_every: sound ones whose step is a multiple of this stay as well; 0: none do.
     """
     newest_first = sorted(found, key=lambda each: each.step, reverse=True)
     sound = [each for each in newest_first if each.problem is None]
     if not keep or len(sound) <= keep:
         return []
     oldest_kept = sound[keep - 1].step
-    return [each.path for each in newest_first if each.step < oldest_kept]
+    older = [each for each in newest_first if each.step < oldest_kept]
+    return [each.path for each in older if each.problem is not None or not keep_every or each.step % keep_every]
+
+
+def being_written(directory: Path) -> list[Path]:
+    """Temporary directories whose writer may be alive: a save is going on."""
+    if not directory.is_dir():
+        return []
+    matches = [(path, _LEFTOVER.fullmatch(path.name)) for path in sorted(directory.iterdir())]
+    return [path for path, match in matches if match is not None and match[2] == "tmp" and not writer_is_dead(path)]
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from anyshard.configs import schema
 from anyshard.configs.errors import DataError, Problem
 from anyshard.configs.schema import BUILT_IN_TOKENIZERS
+from anyshard.configs.writing import writing
 from anyshard.trainer.data.cache import build_once, cache_root, fingerprint
 from anyshard.trainer.data.files import is_missing_path
 
@@ -40,6 +42,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these token ids; end-of-text is left out."""
 
+    def save(self, folder: Path) -> None:
+        """Write it into an existing folder, as `transformers.AutoTokenizer` reads it."""
+
 
 class ByteTokenizer:
     """One token per UTF-8 byte, and 256 for end-of-text."""
@@ -55,6 +60,17 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these token ids; bytes that are not UTF-8 become U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write it as a byte-level BPE without merges, which makes the same ids."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend(models.BPE(vocab=_byte_characters(), merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        _save_backend(backend, self.eos_id, folder)
 
 
 class JsonTokenizer:
@@ -77,6 +93,10 @@ class JsonTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these token ids, without special tokens."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and beside it which token ends a text."""
+        _save_backend(self._backend, self.eos_id, folder)
 
 
 class PretrainedTokenizer:
@@ -106,6 +126,47 @@ class PretrainedTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these token ids, without special tokens."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write it as it was loaded."""
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a folder that is whole or not there, in the place of an older one.
+
+    Raises:
+        EnvError: it cannot be written.
+    """
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            whole = Path(temporary) / folder.name
+            whole.mkdir()
+            tokenizer.save(whole)
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            whole.rename(folder)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The printable character by which byte-level tokenizers write each byte -> the byte.
+
+    Source: GPT-2's encoder.py, `bytes_to_unicode`.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + number): byte for number, byte in enumerate(others)}}
+
+
+def _save_backend(backend: Any, eos_id: int, folder: Path) -> None:
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": backend.id_to_token(eos_id),
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def build_tokenizer(

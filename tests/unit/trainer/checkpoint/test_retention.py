@@ -18,6 +18,7 @@ from anyshard.trainer.checkpoint.retention import (
     FOREIGN_LEASE_S,
     LEASE,
     YOUNG_S,
+    being_written,
     boot_id,
     collect,
     lease,
@@ -47,6 +48,21 @@ def test_plan_keeps_the_newest_sound_ones(sound_by_step: dict[int, bool], keep: 
     assert gone >= set(sound) - set(kept)
     assert not gone or len(kept) == keep
     assert all(step < min(kept) for step in gone)
+
+
+@given(st.dictionaries(st.integers(0, 30), st.booleans(), max_size=10), st.integers(1, 4), st.integers(1, 7))
+def test_multiples_of_keep_every_stay_when_they_are_sound(sound_by_step: dict[int, bool], keep: int, keep_every: int) -> None:
+    found = [Found(Path(str(step)), step, None if sound else "damaged") for step, sound in sound_by_step.items()]
+    fewer, all_ = ({int(path.name) for path in plan_removal(found, keep, every)} for every in (keep_every, 0))
+    assert fewer == {step for step in all_ if step % keep_every or not sound_by_step[step]}
+
+
+def test_what_is_being_written(tmp_path: Path) -> None:
+    assert being_written(tmp_path / "nothing") == []
+    living = make_temporary(tmp_path, checkpoint_name(7))
+    leave(tmp_path, checkpoint_name(8), boot="an earlier one")
+    write(tmp_path, 6)
+    assert being_written(tmp_path) == [living]
 
 
 def leave(directory: Path, name: str, **changes: object) -> Path:

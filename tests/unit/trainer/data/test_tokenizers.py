@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyshard.configs import schema
-from anyshard.configs.errors import DataError
-from anyshard.trainer.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer, load_tokenizer, vocab_size
+from anyshard.configs.errors import DataError, EnvError
+from anyshard.trainer.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    vocab_size,
+)
 
 TEXTS = [f"def function_{i}(argument):\n    return argument + {i}  # the sum\n" for i in range(200)]
 MakeData = Callable[..., schema.Data]
@@ -141,3 +148,38 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "x.json"))
     with pytest.raises(DataError, match="this folder gave no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def saved_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bytes") / "tokenizer"
+    save_tokenizer(ByteTokenizer(), folder)
+    return folder
+
+
+@given(st.text())
+def test_saved_bytes_make_the_same_ids_in_transformers(saved_bytes: Path, text: str) -> None:
+    ours, theirs = ByteTokenizer(), load_tokenizer(str(saved_bytes))
+    assert (theirs.vocab_size, theirs.eos_id) == (ours.vocab_size, ours.eos_id)
+    assert theirs.encode_batch([text])[0].tolist() == ours.encode_batch([text])[0].tolist()
+    assert theirs.decode([*text.encode(), ours.eos_id]) == text
+
+
+def test_saved_tokenizers_make_the_same_ids_in_transformers(make_data: MakeData, tmp_path: Path) -> None:
+    bpe = build(make_data(tokenizer="bpe", bpe_vocab_size=300))
+    save_tokenizer(bpe, tmp_path / "bpe")
+    loaded = load_tokenizer(str(tmp_path / "bpe"))
+    save_tokenizer(loaded, tmp_path / "again")
+    for each in (loaded, load_tokenizer(str(tmp_path / "again"))):
+        assert (each.vocab_size, each.eos_id) == (bpe.vocab_size, bpe.eos_id)
+        assert [ids.tolist() for ids in each.encode_batch(TEXTS)] == [ids.tolist() for ids in bpe.encode_batch(TEXTS)]
+
+
+def test_a_saved_tokenizer_takes_the_place_of_an_older_one(make_data: MakeData, tmp_path: Path) -> None:
+    save_tokenizer(build(make_data(tokenizer="bpe", bpe_vocab_size=300)), tmp_path / "run" / "tokenizer")
+    save_tokenizer(ByteTokenizer(), tmp_path / "run" / "tokenizer")
+    assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).vocab_size == 257
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvError, match="a file is in the way"):
+        save_tokenizer(ByteTokenizer(), tmp_path / "file" / "tokenizer")

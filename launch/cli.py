@@ -149,6 +149,37 @@ def ckpt_export(
     )
 
 
+@ckpt_app.command("import")
+def ckpt_import(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face, DeepSpeed or universal folder.", metavar="SOURCE")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint to write, for resume=OUT.", metavar="OUT")],
+    weights: Annotated[bool, typer.Option("--weights", help="Leave the optimizer's states behind.")] = False,
+    config: Annotated[
+        Optional[Path], typer.Option(help="config.json to store with it, for a later export.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a checkpoint of another format, to continue from it."""
+    from anyshard.launch import interop
+
+    raise typer.Exit(interop.import_(source, out, weights_only=weights, config=config, as_json=as_json))
+
+
+@ckpt_app.command("convert")
+def ckpt_convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Checkpoint to write; it must be new or empty.", metavar="OUT")],
+    files: Annotated[
+        Optional[int], typer.Option(min=1, max=65536, help="Data files.", show_default="as many as there are")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a checkpoint in the present version of the format, every byte checked, in another number of files."""
+    from anyshard.launch import interop
+
+    raise typer.Exit(interop.convert(source, out, num_files=files, as_json=as_json))
+
+
 @ckpt_app.command("diff")
 def ckpt_diff(
     a: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a checkpoint of another format.", metavar="A")],

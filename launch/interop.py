@@ -47,6 +47,39 @@ def export(
     return _told(call(f"exporting {source}", request, show_progress=not as_json), as_json=as_json)
 
 
+def import_(source: Path, out: Path, *, weights_only: bool, config: Path | None, as_json: bool) -> int:
+    """Read a checkpoint of another format into ours; returns 0.
+
+    Raises:
+        ConfigError: an option is wrong, or `out` is occupied.
+        CheckpointError: there is nothing that can be imported, or it is damaged.
+    """
+    refuse_occupied(out)
+    request = {
+        "command": "import",
+        "source": str(source),
+        "out": str(out),
+        "weights_only": weights_only,
+        "config": str(config) if config else None,
+    }
+    result = call(f"importing {source}", request, show_progress=not as_json)
+    if not as_json:
+        result["notes"].append(f"continue from it: anyshard train ... resume={out}")
+    return _told(result, as_json=as_json)
+
+
+def convert(source: Path, out: Path, *, num_files: int | None, as_json: bool) -> int:
+    """Rewrite a checkpoint in the present version of the format; returns 0.
+
+    Raises:
+        ConfigError: `out` is occupied, or has the name of another step.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    refuse_occupied(out)
+    request = {"command": "convert", "source": str(source), "out": str(out), "num_files": num_files}
+    return _told(call(f"converting {source}", request, show_progress=not as_json), as_json=as_json)
+
+
 def diff(a: Path, b: Path, *, weights_only: bool, as_json: bool) -> int:
     """Compare two checkpoints; returns 0 when they hold the same, 1 when not.
 

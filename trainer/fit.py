@@ -256,7 +256,7 @@ def _restore(
     progress.step, progress.samples, progress.tokens = meta["step"], meta["samples"], meta["tokens"]
     notes = list(restored.notes)
     here = layout_of(config, rank.env.world_size)
-    if restored.rank_meta is not None and meta["layout"] == here:
+    if restored.rank_meta and meta["layout"] == here:
         load_rng_state(restored.rank_meta["rng"])
     else:
         seed_everything(config.seed, "train", rank.env.rank, progress.step)
@@ -279,7 +279,11 @@ def _restore(
 
 def _apply_changed_options(engine: Engine, optimizer: schema.Optimizer, saved: dict[str, Any]) -> list[str]:
     """Let the configuration win where it was changed by force; param groups otherwise keep what the checkpoint had."""
-    changed = [name for name in ("weight_decay", "betas", "eps", "momentum") if getattr(optimizer, name) != saved[name]]
+    changed = [
+        name
+        for name in ("weight_decay", "betas", "eps", "momentum")
+        if getattr(optimizer, name) != saved.get(name, getattr(optimizer, name))
+    ]
     for group in engine.ds.optimizer.param_groups:
         for name in changed:
             if name in group and not (name == "weight_decay" and group[name] == 0):  # the no-decay group stays one

@@ -299,7 +299,7 @@ class CheckpointManager:
         def check() -> None:
             for name, settings in optimizers.hyper_parameters(optimizer).items():
                 for key, value in settings.items():
-                    if key in groups[name] and groups[name][key] != value:
+                    if key in groups.get(name, {}) and groups[name][key] != value:
                         raise CheckpointError(
                             f"after the restore {key} of group {name} is {value}, COMMIT says {groups[name][key]}"
                         )

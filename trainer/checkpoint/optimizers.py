@@ -240,10 +240,10 @@ def _to_json(value: Any) -> Any:
 
 
 def set_hyper_parameters(optimizer: torch.optim.Optimizer, stored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give every group its own stored hyper-parameters, found by the group's name; settings that only one side has stay."""
+    """Give every group its own stored hyper-parameters, found by the group's name; what only one side has stays."""
     names = [group_name(group, number) for number, group in enumerate(optimizer.param_groups)]
     for name, group in zip(names, optimizer.param_groups, strict=True):
-        for key, value in stored[name].items():
+        for key, value in stored.get(name, {}).items():
             if key not in group or key in _NOT_HYPER_PARAMETERS:
                 continue
             if isinstance(group[key], torch.Tensor):
@@ -253,13 +253,13 @@ def set_hyper_parameters(optimizer: torch.optim.Optimizer, stored: Mapping[str, 
 
 
 def check_kind(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Refuse the states of another optimizer.
+    """Refuse the states of another optimizer; a checkpoint without states suits every optimizer.
 
     Raises:
         CheckpointError: the checkpoint was written by an optimizer of another kind.
     """
     kind = habits_of(optimizer).kind
-    if stored.get("kind") != kind:
+    if stored.get("kind") not in (None, kind):
         raise CheckpointError(
             f"The checkpoint holds the state of {stored.get('class')}, this run has {type(optimizer).__name__}: "
             "the one cannot continue the other. Set the optimizer of the checkpoint, or resume=never to start anew."
@@ -267,13 +267,13 @@ def check_kind(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> N
 
 
 def check_groups(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Refuse other param groups.
+    """Refuse other param groups; a checkpoint of another format has none, and leaves them to the run.
 
     Raises:
         CheckpointError: the groups are not those of the checkpoint.
     """
     names = {group_name(group, number) for number, group in enumerate(optimizer.param_groups)}
-    if names != set(stored):
+    if stored and names != set(stored):
         raise CheckpointError(
             f"The checkpoint has the param groups {', '.join(sorted(stored))}, this run has {', '.join(sorted(names))}: "
             "they must be the same. Build the optimizer's groups as the checkpoint's run did."

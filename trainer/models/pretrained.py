@@ -72,6 +72,44 @@ def load(filler: Filler, path: str, *, seed: int, say: Callable[[str], None]) ->
     filler.init([slot for slot in filler.slots if slot.tensor.is_meta], seed)
 
 
+class PretrainedTensors:
+    """The tensors of a checkpoint in any order, as they become those of a model on the meta device.
+
+    Args:
+        filler: of the model; nothing is filled.
+        path: a local folder.
+
+    Raises:
+        ConfigError: there are no safetensors, they are damaged, or their tensors are not those of the model.
+    """
+
+    def __init__(self, filler: Filler, path: str) -> None:
+        self._filler, self._path = filler, path
+        self._files = tensor_files(weights_folder(path), path)
+        slots = {name: slot for slot in filler.slots for name in slot.names}
+        self._groups: dict[str, list[tuple[str, Group]]] = {}
+        for group in _plan(filler, slots, self._files, path):
+            for target in group.targets:
+                self._groups.setdefault(slots[target].name, []).append((target, group))
+
+    def read(self, slot: Slot) -> torch.Tensor:
+        """The value of one tensor of the model, on the CPU.
+
+        Raises:
+            ConfigError: it is damaged, of another shape, or differs between the names that the model ties.
+        """
+        found: torch.Tensor | None = None
+        for target, group in self._groups[slot.name]:
+            fresh = Group(group.target, deepcopy(group.converter), group.targets, group.sources)
+            tensor = _read(fresh, self._files, self._filler, self._path)[target]
+            if found is not None:
+                _check_tied(self._path, slot, tensor, found)
+            found = tensor
+        assert found is not None
+        _check_shape(self._path, slot.name, slot, found)
+        return found
+
+
 def local_path(path: str) -> str:
     """`path` itself, with ~ expanded where it is on this machine.
 

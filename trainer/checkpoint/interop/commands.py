@@ -1,27 +1,74 @@
-"""The commands of `__main__.py` by name: from paths and options to a source and what becomes of it."""
+"""The commands of `__main__.py` by name: from paths and options to a source and what becomes of it.
+
+Each imports what it needs when it runs: transformers alone takes seconds.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from anyshard.configs.errors import CheckpointError, ConfigError, Problem
 from anyshard.trainer.checkpoint import catalog
-from anyshard.trainer.checkpoint.interop.diff import diff
-from anyshard.trainer.checkpoint.interop.hf_export import export_hf
 from anyshard.trainer.checkpoint.interop.source import Source, Stored
+from anyshard.trainer.checkpoint.manifest import COMMIT
 
 Report = Callable[[int, int], None]
 
 
-def _open(path: str) -> Source:
-    return Stored(catalog.resolve(Path(path)))
+def open_source(path: Path, *, weights_only: bool = False) -> Source:
+    """The checkpoint at `path`, of whatever format.
+
+    Args:
+        weights_only: leave the optimizer states of a foreign checkpoint alone.
+
+    Raises:
+        CheckpointError: nothing is there that is known.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder.")
+    if (path / COMMIT).exists() or catalog.list_checkpoints(path) or catalog.list_checkpoints(path / "checkpoints"):
+        return Stored(catalog.resolve(path))
+    for latest in ("latest", "latest_universal"):
+        if (path / latest).is_file():
+            tag = (path / latest).read_text(errors="replace").strip()
+            if not tag or Path(tag).name != tag or not (path / tag).is_dir():
+                raise CheckpointError(f"{path / latest}: it names {tag[:80]!r}, and there is no such folder beside it.")
+            return open_source(path / tag, weights_only=weights_only)
+    if (path / "zero").is_dir():
+        from anyshard.trainer.checkpoint.interop.universal_source import UniversalSource
+
+        return UniversalSource(path, weights_only=weights_only)
+    if any(path.glob("*_model_states.pt")) or any(path.glob("*_optim_states.pt")):
+        from anyshard.trainer.checkpoint.interop.deepspeed_source import DeepSpeedSource
+
+        return DeepSpeedSource(path, weights_only=weights_only)
+    if (path / "config.json").is_file():
+        from anyshard.trainer.checkpoint.interop.hf_source import HfSource
+
+        return HfSource(path)
+    raise CheckpointError(
+        f"{path}: there is no checkpoint here: give a run, a checkpoint, a Hugging Face folder (with config.json), "
+        "a DeepSpeed checkpoint or a universal folder."
+    )
 
 
 def _export(
     source: str, out: str, to: str, dtype: str | None, max_shard_bytes: int, config: str | None, report: Report
 ) -> dict[str, Any]:
     stored = Stored(catalog.resolve(Path(source)))
+    if to == "universal":
+        from anyshard.trainer.checkpoint.interop.universal_export import export_universal
+
+        return export_universal(stored, Path(out), report=report)
+    if to == "dcp":
+        from anyshard.trainer.checkpoint.interop.dcp_export import export_dcp
+
+        return export_dcp(stored, Path(out), report=report)
+    from anyshard.trainer.checkpoint.interop.hf_export import export_hf
+
     return export_hf(
         stored,
         Path(out),
@@ -32,9 +79,45 @@ def _export(
     )
 
 
+def _import(source: str, out: str, weights_only: bool, config: str | None, report: Report) -> dict[str, Any]:
+    from anyshard.trainer.checkpoint.interop.rewrite import write_checkpoint
+
+    opened = open_source(Path(source), weights_only=weights_only)
+    if isinstance(opened, Stored):
+        fix = "Resume from it as it is, or rewrite it with 'anyshard ckpt convert'."
+        raise ConfigError(Problem("SOURCE", source, "it is a checkpoint of anyshard already.", fix))
+    if config is not None:
+        try:
+            opened.record.meta["model"] = {"config": json.loads(Path(config).read_text())}
+        except (OSError, ValueError) as error:
+            reason = f"it cannot be read ({error})."
+            raise ConfigError(Problem("--config", config, reason, "Give a config.json.")) from error
+    return write_checkpoint(opened, Path(out), num_files=1, rank_meta=None, report=report)
+
+
+def _convert(source: str, out: str, num_files: int | None, report: Report) -> dict[str, Any]:
+    from anyshard.trainer.checkpoint.interop.rewrite import write_checkpoint
+
+    stored = Stored(catalog.resolve(Path(source)))
+    wrote = stored.commit.world_size
+    rank_meta = [manifest.meta for manifest in stored.manifests] if num_files in (None, wrote) else None
+    if rank_meta is None and any(manifest.meta for manifest in stored.manifests):
+        text = f"the random number generators of the {wrote} ranks are left out: a run that resumes seeds them anew"
+        stored.record.notes.append(text)
+    return write_checkpoint(stored, Path(out), num_files=num_files or wrote, rank_meta=rank_meta, report=report)
+
+
 def _diff(a: str, b: str, weights_only: bool, report: Report) -> dict[str, Any]:
-    return diff(_open(a), _open(b), weights_only=weights_only, report=report)
+    from anyshard.trainer.checkpoint.interop.diff import diff
+
+    left, right = (open_source(Path(path), weights_only=weights_only) for path in (a, b))
+    return diff(left, right, weights_only=weights_only, report=report)
 
 
-COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {"export": _export, "diff": _diff}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "export": _export,
+    "import": _import,
+    "convert": _convert,
+    "diff": _diff,
+}
 """Name -> function of the request's other keys and `report`; returns JSON."""

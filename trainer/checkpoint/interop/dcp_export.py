@@ -1,0 +1,73 @@
+"""A checkpoint as a folder of `torch.distributed.checkpoint`, under the names that its `get_state_dict` gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from anyshard.trainer.checkpoint.interop.output import new_folder
+from anyshard.trainer.checkpoint.interop.source import Key, Stored, num_bytes
+from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans with tensors on the meta device, and reads each when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor | None]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        whole = self._read(index.fqn)
+        return super().lookup_object(index) if whole is None else whole
+
+
+def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """Write {"model": {name: tensor}, "optim": {"state": {name: {key: tensor}}}}; memory: about one tensor.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: `out` is occupied.
+    """
+    flat: dict[str, Key] = {}
+    content: dict[str, Any] = {"model": {}, "optim": {"state": {}}}
+    for (name, key), tensor in source.tensors.items():
+        empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+        if key in (PARAM, BUFFER):
+            content["model"][name] = empty
+            flat[f"model.{name}"] = (name, key)
+        else:
+            content["optim"]["state"].setdefault(name, {})[key] = empty
+            flat[f"optim.state.{name}.{key}"] = (name, key)
+    for scalar in source.record.scalars:
+        for name in scalar.names:
+            content["optim"]["state"].setdefault(name, {})[scalar.key] = torch.tensor(float(scalar.value))
+    total, done = num_bytes(source.tensors), 0
+
+    def read(fqn: str) -> torch.Tensor | None:
+        nonlocal done
+        if fqn not in flat:
+            return None
+        key = flat[fqn]
+        done += num_bytes({key: source.tensors[key]})
+        report(done, total)
+        return source.read(key)
+
+    with new_folder(out) as folder:
+        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(read), no_dist=True)
+        for path in folder.iterdir():  # DCP syncs .metadata before its last bytes are written
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    notes = [f"{other} is stored as {name}, which it is tied to" for other, name in source.record.tied.items()]
+    return {"out": str(out), "step": source.record.step, "tensors": len(flat), "notes": notes}

@@ -40,7 +40,6 @@ Z3_SMALL = Layout(2, 3, sub_group=1500)
 Z3_DP4 = Layout(4, 3)
 Z1_BF16 = Layout(2, 1, dtype="bf16")
 Z3_BF16 = Layout(2, 3, dtype="bf16")
-Z2_FP16 = Layout(2, 2, dtype="fp16")
 BF16_OPTIMIZER = Layout(2, 1, dtype="bf16", fp32_accumulation=True)
 
 
@@ -78,7 +77,9 @@ def load_universal(layout: Layout, directory: str, tied: bool = False) -> dict[s
         path, _ = engine.load_checkpoint(directory)
         assert path is not None
         for group, own in zip(optimizer.param_groups, groups, strict=True):
-            group.update(own)  # upstream: ZeRO 3 gives every group those of the first
+            group.update(own)  # upstream: ZeRO 3 gives every group those of the first (stage3.py:3684)
+        for state in optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()  # and all of them one tensor, which each then counts up (:3680)
         return {"steps": engine.global_steps, "state": logical_state(engine), "losses": train(engine, STEPS, MORE)}
 
 
@@ -116,9 +117,7 @@ def test_a_plain_deepspeed_checkpoint_comes_in(tmp_path: Path, source: Layout, t
     assert after["losses"] == pytest.approx(before["losses"], rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "layout", [Z2_FP16, BF16_OPTIMIZER, Layout(2, 1, optimizer="lion"), Layout(2, 3, optimizer="sgd")], ids=str
-)
+@pytest.mark.parametrize("layout", [BF16_OPTIMIZER, Layout(2, 1, optimizer="lion"), Layout(2, 3, optimizer="sgd")], ids=str)
 def test_other_optimizers_of_deepspeed_come_in(tmp_path: Path, layout: Layout) -> None:
     before = run_ranks(save_both, layout.dp, layout=layout, directory=str(tmp_path))[0]
     COMMANDS["import"](str(tmp_path / "ds" / "t"), str(tmp_path / "in"), False, None, report=silent)
@@ -134,8 +133,6 @@ def test_a_universal_folder_comes_in(tmp_path: Path, source: Layout, target: Lay
     result = COMMANDS["import"](str(folder), str(tmp_path / "in"), False, None, report=silent)
     assert (result["from"], result["step"]) == ("universal", STEPS)
     same = diff(open_source(Path(before["path"])), open_source(tmp_path / "in"), weights_only=False, report=silent)
-    if source.zero == 3:  # ds_to_universal leaves frozen parameters of ZeRO 3 behind
-        assert [(row["name"], row["what"]) for row in same["differences"] if row["what"] != "setting"] == []
     assert {row["what"] for row in same["differences"]} <= {"setting"}, same
     after = run_ranks(restore, target.dp, layout=target, path=str(tmp_path / "in"), tied=tied)[0]
     assert tensors_of(after["state"]) == tensors_of(before["state"])
@@ -185,6 +182,7 @@ def test_an_export_computes_the_same_bit_for_bit(tmp_path: Path, layout: Layout)
     COMMANDS["export"](before["path"], str(tmp_path / "hf"), "hf", **options, report=silent)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert model.dtype is (torch.bfloat16 if layout.dtype == "bf16" else torch.float32)
+    model.to(model.dtype)  # the engine of this test casts rotary frequencies too
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
     try:

@@ -15,6 +15,7 @@ import torch
 from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint.interop.foreign import (
     Fragment,
+    frozen_parameter,
     load_mapping,
     natural,
     need,
@@ -160,9 +161,7 @@ class DeepSpeedSource:
         name, state = key
         if key in self._whole:
             if self._stage == 3 and state == PARAM:
-                fragments = [model["frozen_param_fragments"][name].reshape(-1) for model in self._models]
-                shape = self._frozen_shapes[name]
-                return torch.cat(fragments)[: math.prod(shape)].view(shape).clone()
+                return frozen_parameter(self._models, name, self._frozen_shapes[name], self.path)
             whole: torch.Tensor = self._module[name].clone()
             return whole
         pieces = []

@@ -6,6 +6,7 @@ becomes an empty shell with the stored attributes; a file that names anything mo
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -91,6 +92,19 @@ def need(content: Mapping[str, Any], key: str, where: Path) -> Any:
     if key not in content:
         raise CheckpointError(f"{where}: it has no {key}: this version of DeepSpeed's checkpoints is not known here.")
     return content[key]
+
+
+def frozen_parameter(models: Iterable[Mapping[str, Any]], name: str, shape: tuple[int, ...], where: Path) -> torch.Tensor:
+    """A parameter that no optimizer steps, from the parts in the model states of all ranks of ZeRO 3.
+
+    Raises:
+        CheckpointError: they are not all there.
+    """
+    parts = [need(model.get("frozen_param_fragments") or {}, name, where).reshape(-1) for model in models]
+    whole, numel = torch.cat(parts), math.prod(shape)
+    if whole.numel() < numel:
+        raise CheckpointError(f"{where}: {whole.numel()} of {numel} elements of {name} are in its model states.")
+    return whole[:numel].view(shape).clone()
 
 
 def refuse_other_layouts(folder: Path) -> None:

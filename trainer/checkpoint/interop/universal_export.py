@@ -78,7 +78,10 @@ def export_universal(source: Stored, out: Path, *, report: Callable[[int, int], 
             f"DeepSpeed's loader does not restore buffers and frozen parameters: {len(kept)} are in 'module' of {RECORDS[0]}"
         )
     if len(groups) > 1:
-        notes.append("DeepSpeed's ZeRO-3 loader gives every param group the hyper-parameters of the first: set them again")
+        notes.append(
+            "DeepSpeed's ZeRO-3 loader gives every param group the hyper-parameters and the step tensor of the first: "
+            "set and clone them again (docs/interop.md)"
+        )
     return {"out": str(out), "step": record.step, "tag": tag, "tensors": len(source.tensors), "notes": notes}
 
 

@@ -6,6 +6,7 @@ Source: deepspeed 0.19.8 checkpoint/ds_to_universal.py:305 (`merge_tp_slices`), 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint.interop.foreign import (
+    frozen_parameter,
     load,
     load_mapping,
     natural,
@@ -74,6 +76,9 @@ class UniversalSource:
             if any((name, state) in self.tensors for state in used):
                 step = folders[name] / f"{STEP}.pt"
                 steps[name] = load(step) if step.is_file() else self._common_step
+        self._frozen = self._frozen_of_stage_3(states, folders, model_files)
+        for (name, key), whole in self._frozen.items():
+            self.tensors[name, key] = Tensor(name, key, dtype_name(whole.dtype), tuple(whole.shape))
         for name in buffers:
             if name in self._module and self._module[name].numel():
                 buffer = self._module[name]
@@ -88,6 +93,15 @@ class UniversalSource:
             scaler=optim.get("loss_scaler"),
             zero=int(optim.get("zero_stage", 1)),
         )
+
+    def _frozen_of_stage_3(
+        self, states: dict[str, Any], folders: Mapping[str, Path], files: list[Path]
+    ) -> dict[Key, torch.Tensor]:
+        """Frozen parameters, which the converter leaves in the model states of the ranks."""
+        shapes = {name: tuple(shape) for name, shape in (states.get("frozen_param_shapes") or {}).items()}
+        models = [states, *(load_mapping(file) for file in files[1:])] if shapes else []
+        left = {name: shape for name, shape in shapes.items() if name not in folders and math.prod(shape)}
+        return {(name, PARAM): frozen_parameter(models, name, shape, self.path) for name, shape in left.items()}
 
     def _add(self, key: Key, file: Path) -> None:
         tensor = self._open(file)
@@ -107,6 +121,8 @@ class UniversalSource:
 
     def read(self, key: Key) -> torch.Tensor:
         """One whole tensor."""
+        if key in self._frozen:
+            return self._frozen[key]
         if key[1] == BUFFER:
             buffer: torch.Tensor = self._module[key[0]].clone()
             return buffer

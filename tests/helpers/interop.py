@@ -53,6 +53,11 @@ def write_model(
         "tied": layout.tied_names(model),
         "meta": {"step": step, "samples": 8 * step, "tokens": 100 * step, "model": describe_model(model)},
         "engine": {"global_steps": step, "skipped_steps": 0, "optimizer_steps": step, "loss_scaler": None},
+        "optimizer": {
+            "class": "AdamW",
+            "kind": "adam",
+            "groups": {"decay": {"lr": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
+        },
         **changes,
     }
     (path / COMMIT).write_bytes(dump_commit(a_commit(step=step, manifests=refs, **fields)))

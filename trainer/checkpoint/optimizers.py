@@ -259,7 +259,7 @@ def check_kind(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> N
         CheckpointError: the checkpoint was written by an optimizer of another kind.
     """
     kind = habits_of(optimizer).kind
-    if stored.get("kind") not in (None, kind):
+    if stored.get("kind") not in ("none", kind):
         raise CheckpointError(
             f"The checkpoint holds the state of {stored.get('class')}, this run has {type(optimizer).__name__}: "
             "the one cannot continue the other. Set the optimizer of the checkpoint, or resume=never to start anew."

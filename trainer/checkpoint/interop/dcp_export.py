@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -28,6 +30,16 @@ class _Planner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         whole = self._read(index.fqn)
         return super().lookup_object(index) if whole is None else whole
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """DCP wraps every error in one of its own, which is not even an Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        raise cause from None
 
 
 def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None]) -> dict[str, Any]:
@@ -62,7 +74,8 @@ def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None])
         return source.read(key)
 
     with new_folder(out) as folder:
-        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(read), no_dist=True)
+        with _own_errors():
+            save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(read), no_dist=True)
         for path in folder.iterdir():  # DCP syncs .metadata before its last bytes are written
             descriptor = os.open(path, os.O_RDONLY)
             try:

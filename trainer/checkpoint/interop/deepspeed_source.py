@@ -76,7 +76,7 @@ class DeepSpeedSource:
             )
         groups = need(self._base[0], "param_groups", optim_files[0])
         optimizer: dict[str, Any]
-        optimizer, keys = {"class": "none", "kind": None, "groups": {}}, frozenset[str]()
+        optimizer, keys = {"class": "none", "kind": "none", "groups": {}}, frozenset[str]()
         if not weights_only:
             tensors = {
                 key for state in self._base[0]["state"].values() for key, value in state.items() if _is_tensor(key, value)

@@ -134,7 +134,7 @@ def optimizer_kind(keys: Iterable[str], group: Mapping[str, Any], where: Path) -
     """
     found = frozenset(keys)
     if not found:
-        return {"class": "none", "kind": None, "groups": {}}, found
+        return {"class": "none", "kind": "none", "groups": {}}, found
     if found == {"exp_avg", "exp_avg_sq"}:
         if "eps" in group:
             return {"class": "Adam", "kind": "adam", "groups": {}}, found

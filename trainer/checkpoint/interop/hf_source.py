@@ -57,7 +57,7 @@ class HfSource:
             "model": description,
         }
         engine = {"global_steps": 0, "skipped_steps": 0, "optimizer_steps": 0, "loss_scaler": None}
-        optimizer: dict[str, Any] = {"class": "none", "kind": None, "groups": {}}
+        optimizer: dict[str, Any] = {"class": "none", "kind": "none", "groups": {}}
         notes = ["weights only: the optimizer of the run that resumes starts fresh, at step 0"]
         self.record = Record(0, optimizer, engine, dp_1, layout.tied_names(model), meta, [], notes)
 

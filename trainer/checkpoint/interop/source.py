@@ -24,7 +24,7 @@ class Record:
     """Everything that is not a tensor.
 
     Attributes:
-        optimizer: class, kind and groups as in COMMIT; kind None: it holds no states; groups {}: the run that resumes has its
+        optimizer: class, kind and groups as in COMMIT; kind "none": it holds no states; groups {}: the run that resumes has its
             own.
         engine: as in COMMIT.
         tied: other name -> canonical name.

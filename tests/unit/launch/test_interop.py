@@ -73,3 +73,34 @@ def test_the_asset_is_not_of_a_hugging_face_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use --to dcp"):
         interop.export(run, tmp_path / "out", **EXPORT)
     assert not (tmp_path / "out").exists()
+
+
+def test_import_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def call(label: str, request: dict[str, object], *, show_progress: bool) -> dict[str, object]:
+        asked.append(request)
+        return {"out": "there", "step": 3, "notes": ["one thing was left"]}
+
+    monkeypatch.setattr(interop, "call", call)
+    out = tmp_path / "out"
+    assert interop.import_(Path("a"), out, weights_only=True, config=Path("c.json"), as_json=False) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines() == [
+        "there: step 3",
+        "  note: one thing was left",
+        f"  note: continue from it: anyshard train ... resume={out}",
+    ]
+    assert interop.convert(Path("a"), out, num_files=2, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": "there", "step": 3, "notes": ["one thing was left"]}
+    common = {"source": "a", "out": str(out)}
+    assert asked == [
+        {"command": "import", **common, "weights_only": True, "config": "c.json"},
+        {"command": "convert", **common, "num_files": 2},
+    ]
+    for occupied in (
+        lambda: interop.import_(Path("a"), ASSET, weights_only=False, config=None, as_json=False),
+        lambda: interop.convert(Path("a"), ASSET, num_files=None, as_json=False),
+    ):
+        with pytest.raises(ConfigError, match=r"OUT=.*not empty"):
+            occupied()

@@ -175,6 +175,11 @@ def test_other_groups_and_other_optimizers_are_refused() -> None:
     check_groups(optimizer, {"decay": {}, "no_decay": {}})
     with pytest.raises(CheckpointError, match="param groups all, this run has decay, no_decay"):
         check_groups(optimizer, {"all": {}})
+    check_groups(optimizer, {})  # imported: the run has its own
+    before = hyper_parameters(optimizer)
+    set_hyper_parameters(optimizer, {})
+    assert hyper_parameters(optimizer) == before
+    check_kind(optimizer, {"class": "none", "kind": "none"})
     check_kind(optimizer, {"class": "DeepSpeedCPUAdam", "kind": "adam"})
     with pytest.raises(CheckpointError, match="state of Lion, this run has AdamW"):
         check_kind(optimizer, {"class": "Lion", "kind": "lion"})

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError
+from anyshard.trainer.models.fill import Filler, Slot
 from anyshard.trainer.models.hf import build
+from anyshard.trainer.models.pretrained import PretrainedTensors
 
 FAMILIES = sorted(SMALL)
 
@@ -174,3 +176,31 @@ def test_a_config_file_points_at_the_weights_beside_it(tmp_path: Path) -> None:
     loaded = _load(tmp_path / "config.json", say=lines.append).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in _load(tmp_path).state_dict().items())
     assert str(tmp_path) in lines[0]
+
+
+def _tensors(folder: Path) -> tuple[PretrainedTensors, dict[str, Slot]]:
+    config = small_config("llama", path=str(folder), config={})
+    model = build(config, device=torch.device("meta"), dtype=torch.float32)
+    filler = Filler(model, device=torch.device("cpu"), dtype=torch.float32, partition=None)
+    return PretrainedTensors(filler, str(folder)), {name: slot for slot in filler.slots for name in slot.names}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_tensors_in_any_order_are_those_of_the_model(family: str, tmp_path: Path) -> None:
+    model = _saved(family, tmp_path)
+    tensors, slots = _tensors(tmp_path)
+    for name, param in reversed(list(model.named_parameters())):
+        assert torch.equal(tensors.read(slots[name]), param)
+        assert torch.equal(tensors.read(slots[name]), param)  # again: nothing is used up
+
+
+def test_tensors_that_do_not_fit_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    _saved("qwen3", tmp_path)
+    _rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    tensors, slots = _tensors(tmp_path)
+    with pytest.raises(ConfigError, match="different values for"):
+        tensors.read(slots["lm_head.weight"])
+    _rewrite(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
+    tensors, slots = _tensors(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.norm.weight of shape \(3,\)"):
+        tensors.read(slots["model.norm.weight"])

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.cli import anyshard
+from helpers.cli import anyshard, happened, steps
 
 DOC = Path(__file__).parents[2] / "docs" / "interop.md"
 
@@ -28,4 +28,8 @@ def test_the_commands_run(tmp_path: Path) -> None:
         assert words[0] == "anyshard"
         done = anyshard(*words[1:], cwd=tmp_path)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
+    runs = tmp_path / "runs"
+    assert steps(runs / "tuned")[0]["train/loss"] < steps(runs / "first")[0]["train/loss"] - 0.5  # trained weights came in
+    assert [each["step"] for each in happened(runs / "tuned", "restore") + happened(runs / "on", "restore")] == [0, 20]
+    assert steps(runs / "on")[-1]["step"] == 25
     assert len(list((tmp_path / "first-bf16").glob("model-*-of-*.safetensors"))) > 1

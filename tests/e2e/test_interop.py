@@ -1,16 +1,16 @@
-"""`anyshard ckpt export|import|convert|diff|prune` on a run, as a person types them."""
+"""`anyshard ckpt export|import|diff|prune` on a run, and how they end; tests/docs/test_interop_doc.py has what succeeds."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from helpers.cli import SMOKE, anyshard, happened, steps
+from helpers.cli import SMOKE, anyshard
 
 pytestmark = pytest.mark.e2e
 
 
-def test_out_and_in_again(tmp_path):
+def test_results_and_exit_codes(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,21 +33,6 @@ def test_out_and_in_again(tmp_path):
     assert "the same" in command("ckpt", "diff", checkpoint, "hf", "--weights")
     assert "not empty" in command("ckpt", "export", "run", "hf", code=2)
 
-    command("ckpt", "import", "hf", "weights")
-    assert command("ckpt", "verify", "weights")
-    resumed = command("train", *SMOKE, "launch.procs_per_node=1", "run.dir=tuned", "resume=weights", "train.max_steps=3")
-    assert f"resumed from {tmp_path}/weights at step 0" in resumed
-    assert steps(tmp_path / "tuned")[0]["train/loss"] < steps(tmp_path / "run")[0]["train/loss"] - 0.5
-
-    command("ckpt", "export", checkpoint, "universal", "--to", "universal")
-    command("ckpt", "import", "universal", "in")
-    resumed = command("train", *SMOKE, "zero=z3", "run.dir=on", "resume=in", "train.max_steps=22")
-    assert f"resumed from {tmp_path}/in at step 20" in resumed
-    assert happened(tmp_path / "on", "restore")[0]["step"] == 20
-    assert steps(tmp_path / "on")[-1]["step"] == 22
-
-    command("ckpt", "convert", checkpoint, "one", "--files", "1")
-    assert json.loads(command("ckpt", "diff", "run", "one", "--json"))["differences"] == []
     assert "differences" in command("ckpt", "diff", "run/checkpoints/step-00000010", "run", code=1)
 
     command("ckpt", "prune", "run", "--keep", "1")

@@ -5,8 +5,9 @@ Each imports what it needs when it runs: transformers alone takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ def open_source(path: Path, *, weights_only: bool = False) -> Source:
     if (path / "zero").is_dir():
         from anyshard.trainer.checkpoint.interop.universal_source import UniversalSource
 
-        return UniversalSource(path, weights_only=weights_only)
+        with _malformed(path):
+            return UniversalSource(path, weights_only=weights_only)
     if any(path.glob("*_model_states.pt")) or any(path.glob("*_optim_states.pt")):
         from anyshard.trainer.checkpoint.interop.deepspeed_source import DeepSpeedSource
 
-        return DeepSpeedSource(path, weights_only=weights_only)
+        with _malformed(path):
+            return DeepSpeedSource(path, weights_only=weights_only)
     if (path / "config.json").is_file():
         from anyshard.trainer.checkpoint.interop.hf_source import HfSource
 
@@ -53,6 +56,16 @@ def open_source(path: Path, *, weights_only: bool = False) -> Source:
         f"{path}: there is no checkpoint here: give a run, a checkpoint, a Hugging Face folder (with config.json), "
         "a DeepSpeed checkpoint or a universal folder."
     )
+
+
+@contextlib.contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """What follows from records that have another form than DeepSpeed gives them."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: its records are not those that DeepSpeed writes ({what}).") from error
 
 
 def _export(

@@ -55,7 +55,7 @@ def export_hf(
     described = _description(source, run_dir, config_file)
     with new_folder(out) as folder:
         (folder / "config.json").write_text(json.dumps(described["config"], indent=2) + "\n")
-        model = _meta_model(folder)
+        model = _meta_model(folder, described["config"].get("architectures"))
         dtype = dtype or described.get("dtype") or "float32"
         (folder / "config.json").write_text(json.dumps({**described["config"], "dtype": dtype}, indent=2) + "\n")
         if described.get("generation_config"):
@@ -96,13 +96,17 @@ def _description(source: Stored, run_dir: Path | None, config_file: Path | None)
     raise ConfigError(Problem("SOURCE", source.path, reason, "Give its config.json with --config, or use --to dcp."))
 
 
-def _meta_model(folder: Path) -> PreTrainedModel:
-    """The model of folder/config.json, without memory."""
+def _meta_model(folder: Path, architectures: Any) -> PreTrainedModel:
+    """The model of folder/config.json, without memory; its class must be among `architectures`, where that says anything."""
     config = schema.Config(model=schema.Model(path=str(folder)), data=schema.Data(sequence_length=2))
     try:
-        return build(config, device=torch.device("meta"), dtype=torch.float32)
+        model = build(config, device=torch.device("meta"), dtype=torch.float32)
     except ConfigError as error:
         raise ConfigError(f"The configuration of the model makes no model here: {error}") from error
+    if architectures and type(model).__name__ not in architectures:
+        reason = f"the model is a {architectures[0]}, and causal language models alone are exported."
+        raise ConfigError(Problem("--to", "hf", reason, "Use --to dcp."))
+    return model
 
 
 def _check(source: Stored, model: PreTrainedModel) -> None:

@@ -42,6 +42,9 @@ def export_universal(source: Stored, out: Path, *, report: Callable[[int, int], 
             f"{source.path} holds the state of {record.optimizer.get('class')}, and DeepSpeed's universal format takes that of "
             "Adam and AdamW alone. Export the weights with --to hf, or everything with --to dcp."
         )
+    outside = [name for name, _ in source.tensors if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{source.path}: {outside[0]!r} cannot be the name of a folder, which the format wants it to be.")
     stepped = [name for name, key in source.tensors if key == STATES[0]]
     steps = {name: float(scalar.value) for scalar in record.scalars if scalar.key == "step" for name in scalar.names}
     step = max(steps.values(), default=float(record.engine["optimizer_steps"]))

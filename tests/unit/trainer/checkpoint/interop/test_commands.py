@@ -131,6 +131,13 @@ def test_universal_is_for_adam(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_leads_elsewhere_is_no_folder(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "run", {("../../up", "param"): torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"'../../up' cannot be the name of a folder"):
+        export(source, tmp_path / "out", "universal")
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
 def test_dcp(tmp_path: Path) -> None:
     model = small_model("qwen3")
     source = write_model(tmp_path, model)

@@ -171,6 +171,9 @@ def test_what_is_incomplete_is_refused(tmp_path: Path) -> None:
     zero_1(tmp_path / "h", param_slice_mappings=[{"w": 5}])
     with pytest.raises(CheckpointError, match="the record of w is not what DeepSpeed writes"):
         open_source(tmp_path / "h")
+    for name, changes in (("j", {"zero_stage": "one"}), ("k", {"base_optimizer_state": {"param_groups": []}})):
+        with pytest.raises(CheckpointError, match="its records are not those that DeepSpeed writes"):
+            open_source(zero_1(tmp_path / name, **changes))
     source = open_source(zero_1(tmp_path / "i", single_partition_of_fp32_groups=[FLAT[:4]]))
     with pytest.raises(CheckpointError, match=r"ends before w \[param\] does"):
         source.read(("w", "param"))
@@ -228,6 +231,8 @@ def test_universal_folders_that_are_refused(tmp_path: Path) -> None:
     folder = universal(tmp_path / "b", param_shapes=[{**SHAPES, "more": torch.Size([4])}])
     with pytest.raises(CheckpointError, match="zero/ lacks more"):
         open_source(folder)
+    with pytest.raises(CheckpointError, match="its records are not those that DeepSpeed writes"):
+        open_source(universal(tmp_path / "d", global_steps="many"))
     folder = universal(tmp_path / "c")
     write(folder / "zero" / "b", fp32={"param": None})
     with pytest.raises(CheckpointError, match=r"fp32.pt: it holds no tensor"):

@@ -141,6 +141,10 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such"}')
     with pytest.raises(ConfigError, match="makes no model here"):
         export(path, tmp_path / "out", config_file=tmp_path / "config.json")
+    config = {**json.loads(llama.config.to_json_string()), "architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="the model is a LlamaForSequenceClassification, and causal language models alone"):
+        export(path, tmp_path / "out", config_file=tmp_path / "config.json")
     assert not (tmp_path / "out").exists()
 
 

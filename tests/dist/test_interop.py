@@ -191,3 +191,26 @@ def test_an_export_computes_the_same_bit_for_bit(tmp_path: Path, layout: Layout)
     finally:
         torch.set_num_threads(threads)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def start(layout: Layout, path: str | None) -> dict[str, Any]:
+    """The first steps from the weights of a checkpoint, or from those that the model is built with."""
+    model = tiny_llama(tied=True)
+    del model._buffers["seen"]
+    if path is not None:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(3)
+    with engine_of(layout, model) as engine:
+        notes = [] if path is None else manager(Path(path).parent).restore(engine, Path(path)).notes
+        return {"model": model_digest(engine), "losses": train(engine, 0, 3), "state": logical_state(engine), "notes": notes}
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 0), Z2_CPU, Z3_SMALL, Layout(2, 1, optimizer="lion")], ids=str)
+def test_weights_alone_come_in_and_the_optimizer_starts_fresh(tmp_path: Path, layout: Layout) -> None:
+    model = tiny_llama(tied=True)
+    del model._buffers["seen"]
+    model.save_pretrained(tmp_path / "hf")
+    COMMANDS["import"](str(tmp_path / "hf"), str(tmp_path / "in"), False, None, report=silent)
+    built = run_ranks(start, layout.dp, layout=layout, path=None)[0]
+    assert run_ranks(start, layout.dp, layout=layout, path=str(tmp_path / "in"))[0] == built

@@ -17,7 +17,7 @@ from anyshard.configs import deepspeed_keys, registry
 from anyshard.configs.batch import batch_problem
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.keys import all_keys, flatten
-from anyshard.configs.schema import Config, Device, Dtype, Init, Mode
+from anyshard.configs.schema import Config, Device, Dtype, Init
 from anyshard.configs.world import dp_size, model_parallel_size, world_size
 
 BYTE_VOCABULARY = 257
@@ -141,8 +141,6 @@ def _available(config: Config) -> Iterator[Problem]:
         if getattr(config.offload, kind) is Device.nvme:
             fix = "Use offload=cpu (optimizer state) or offload=cpu_param (parameters too)."
             yield Problem(f"offload.{kind}", "nvme", "this version offloads to host memory only.", fix)
-    if config.checkpoint.mode is Mode["async"]:
-        yield Problem("checkpoint.mode", "async", "this version saves while the loop waits.", "Set checkpoint.mode=sync.")
 
 
 def _world(config: Config) -> Iterator[Problem]:

@@ -223,10 +223,23 @@ class Train:
 @dataclass
 class Checkpoint:
     every_steps: int = key(200, "Save every so many steps; 0 is only at the end and on a stop.", unit="steps", ge=0)
-    mode: Mode = key(Mode.sync, "sync: the loop waits until the checkpoint is committed.")
+    mode: Mode = key(
+        Mode["async"],
+        "async: training goes on while the state is copied, written and committed. sync: it waits until it is committed.",
+    )
     keep: int = key(3, "Newest committed checkpoints that are kept; 0 keeps all.", ge=0)
     dir: Optional[str] = key(None, "Folder of checkpoints.", why="null: <run.dir>/checkpoints")
     at_end: bool = key(True, "Save after the last step.")
+    staging_gib: Optional[float] = key(
+        None,
+        "Host memory of one rank for states that are on their way to storage; with less than one state, steps wait longer.",
+        unit="GiB",
+        gt=0,
+        why="null: two states, but at most a quarter of the free memory",
+    )
+    bandwidth_mib_s: Optional[float] = key(
+        None, "Each rank writes no faster than this while training goes on.", unit="MiB/s", gt=0, why="null: no limit"
+    )
     verify: bool = key(True, "Check every byte that is read on restore against its checksum.")
 
 

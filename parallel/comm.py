@@ -117,7 +117,7 @@ def init_distributed(env: RankEnv, device: torch.device, *, timeout_s: float) ->
 
 
 def control_group(env: RankEnv, *, timeout_s: float) -> dist.ProcessGroup | None:
-    """A gloo group of all ranks for decisions and checkpoints, apart from the training collectives; None when alone.
+    """A gloo group of all ranks for decisions or for checkpoints, apart from the training collectives; None when alone.
 
     Collective: every rank calls it, in the same order as other group creations; it blocks.
     """

@@ -29,7 +29,7 @@ from anyshard.parallel import comm
 from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.callbacks.base import Callbacks
-from anyshard.trainer.checkpoint.manager import CheckpointManager
+from anyshard.trainer.checkpoint.manager import TIMEOUT_S, CheckpointManager
 from anyshard.trainer.data.build import build_data
 from anyshard.trainer.data.loader import Loader
 from anyshard.trainer.data.order import SampleOrder
@@ -42,7 +42,8 @@ from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
 from anyshard.trainer.models.table import table_of
 from anyshard.trainer.peak import device_peak_flops
-from anyshard.trainer.state import Progress, load_rng_state, rng_state, seed_everything
+from anyshard.trainer.saves import GRACE_S, Saves
+from anyshard.trainer.state import Progress, load_rng_state, seed_everything
 from anyshard.trainer.stop import Signals, StopControl
 from anyshard.trainer.task import Batch, Task
 from anyshard.trainer.tracking import build_trackers
@@ -58,6 +59,7 @@ class Rank:
     env: comm.RankEnv
     device: torch.device
     control: dist.ProcessGroup | None
+    checkpoints: dist.ProcessGroup | None
     started_s: float
 
 
@@ -100,7 +102,8 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     device = comm.device_of(env)
     if not dist.is_initialized():
         comm.init_distributed(env, device, timeout_s=timeout_s)
-    return Rank(env, device, comm.control_group(env, timeout_s=timeout_s), started_s)
+    control = comm.control_group(env, timeout_s=timeout_s)
+    return Rank(env, device, control, comm.control_group(env, timeout_s=TIMEOUT_S), started_s)
 
 
 def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank, held: contextlib.ExitStack) -> schema.Config:
@@ -191,14 +194,16 @@ def _train(
         frozen.checkpoint_dir_of(config),
         keep=config.checkpoint.keep,
         verify=config.checkpoint.verify,
-        group=rank.control,
+        group=rank.checkpoints,
         event=reporter.event,
+        staging_bytes=None if config.checkpoint.staging_gib is None else int(config.checkpoint.staging_gib * 2**30),
+        bandwidth_mib_s=config.checkpoint.bandwidth_mib_s,
     )
     seed_everything(config.seed, "train", rank.env.rank)
     restored = _restore(config, manager, engine, progress, callbacks, rank, reporter, data_fingerprint)
 
-    def save(progress: Progress, callback_state: dict[str, Any]) -> Path:
-        meta = {
+    def meta(progress: Progress, callback_state: dict[str, Any]) -> dict[str, Any]:
+        return {
             **progress.to_meta(),
             "layout": layout_of(config, rank.env.world_size),
             "data_fingerprint": data_fingerprint,
@@ -207,9 +212,15 @@ def _train(
             "callbacks": callback_state,
             "model": describe_model(engine.ds.module),
         }
-        result = manager.save(engine.ds, step=progress.step, meta=meta, rank_meta={"rng": rng_state()})
-        return result.path
 
+    def warn(text: str) -> None:
+        reporter.say(f"WARNING: {text}")
+        if rank.env.rank:
+            logger.warning("%s", text)
+
+    background = config.checkpoint.mode is schema.Mode["async"]
+    last = None if restored is None else (restored, progress.step)
+    saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last)
     order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
     loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=rank.env.rank, device=rank.device)
     stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s)
@@ -225,16 +236,18 @@ def _train(
         stops=stops,
         reporter=reporter,
         callbacks=callbacks,
-        save=save,
+        saves=saves,
         device=rank.device,
         rank=rank.env.rank,
         run_dir=run_dir,
         peak_flops=peak * rank.env.world_size if peak else None,
     )
-    trainer.outcome.checkpoint = restored
     signals.training = True
     with contextlib.closing(loader):
-        return trainer.run()
+        try:
+            return trainer.run()
+        finally:
+            saves.drain(GRACE_S)
 
 
 def _restore(

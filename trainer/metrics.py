@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -87,15 +88,20 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._told = False
+        self._lock = threading.Lock()
         with writing(path.parent):
             self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; JSON has no word for a number that is not finite: null."""
+        """Append one record; any thread may call it. JSON has no word for a number that is not finite: null."""
         sayable = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
         }
         line = json.dumps(sayable).encode() + b"\n"
+        with self._lock:
+            self._append(line)
+
+    def _append(self, line: bytes) -> None:
         before = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):
@@ -193,7 +199,7 @@ class Reporter:
             tracker.log(record)
 
     def event(self, kind: str, **details: Any) -> None:
-        """Record that something happened: start, restore, save_begin, commit, stop, nan, ..."""
+        """Record that something happened: start, restore, save_begin, commit, stop, nan, ... Any thread may call it."""
         if self._on:
             self._events.write({"time": time.time(), "event": kind, **details})
 

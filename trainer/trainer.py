@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from anyshard.configs import schema
-from anyshard.configs.errors import CheckpointError, TrainError
+from anyshard.configs.errors import TrainError
 from anyshard.trainer.batch import BatchPlan
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_ranks
 from anyshard.trainer.evaluate import evaluate
 from anyshard.trainer.metrics import Reporter, peak_memory_gib
+from anyshard.trainer.saves import Saves
 from anyshard.trainer.state import Progress
 from anyshard.trainer.stop import StopControl
 from anyshard.trainer.task import Batch, Task
@@ -51,7 +52,6 @@ class Window:
     steps: int = 0
     skipped_before: int = 0  # steps that DeepSpeed had dropped by then
     data_wait_s: float = 0.0
-    stall_s: float = 0.0
     other_s: float = 0.0  # evaluation and saves: not part of a step
 
 
@@ -59,7 +59,6 @@ class Trainer:
     """One rank's training loop.
 
     Args:
-        save: writes a checkpoint of the present state and returns its path; raises CheckpointError.
         peak_flops: floating-point operations per second of all devices together, for MFU.
     """
 
@@ -76,7 +75,7 @@ class Trainer:
         stops: StopControl,
         reporter: Reporter,
         callbacks: Callbacks,
-        save: Any,
+        saves: Saves,
         device: torch.device,
         rank: int,
         run_dir: Path,
@@ -84,12 +83,11 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.engine = config, task, engine
         self.loader, self.batch, self.progress, self.schedule = loader, batch, progress, schedule
-        self.stops, self.reporter, self.callbacks, self._save = stops, reporter, callbacks, save
+        self.stops, self.reporter, self.callbacks, self.saves = stops, reporter, callbacks, saves
         self.device, self.rank, self.run_dir, self._peak_flops = device, rank, run_dir, peak_flops
-        self.outcome = Outcome(step=progress.step)
+        self.outcome = Outcome(step=progress.step, checkpoint=saves.last_good)
         self._window = Window()
         self._tokens_per_step = batch.global_batch_size * task.tokens_per_sample
-        self._saved_step: int | None = progress.step if progress.step else None
 
     def run(self) -> Outcome:
         """Train until `train.max_steps` or until the ranks agree to stop. Collective: every rank calls it."""
@@ -104,6 +102,7 @@ class Trainer:
         self._window = Window(skipped_before=self.engine.skipped_steps)
         while self.progress.step < train.max_steps:
             record = self._step()
+            self.saves.after_step(will_save=self.config.checkpoint.every_steps > 0)
             self.callbacks.call("on_step_end", self, record)
             decision = self.stops.decide(self.progress.step)
             if decision.stop:
@@ -158,7 +157,8 @@ class Trainer:
             norm = self.engine.grad_norm()
         now = time.perf_counter()
         elapsed_s = max(now - window.started_s, 1e-9)
-        step_s = max(elapsed_s - window.other_s, 1e-9) / window.steps
+        stall_s, stall_in_steps_s = self.saves.take_stall_s()
+        step_s = max(elapsed_s - window.other_s - stall_in_steps_s, 1e-9) / window.steps
         tokens_per_s = self._tokens_per_step / step_s
         record: dict[str, Any] = {
             "step": progress.step,
@@ -170,7 +170,7 @@ class Trainer:
             "perf/step_s": step_s,
             "perf/data_wait_pct": 100 * window.data_wait_s / (step_s * window.steps),
             "perf/eta_s": step_s * (config.train.max_steps - progress.step),
-            "ckpt/stall_ms": 1000 * window.stall_s,
+            "ckpt/stall_ms": 1000 * (stall_s + stall_in_steps_s),
             "mem/peak_gib": peak_memory_gib(self.device),
         }
         if self._peak_flops and self.task.flops_per_token:
@@ -179,6 +179,8 @@ class Trainer:
             record["train/loss_scale"] = self.engine.loss_scale
         if self.engine.loss_scale is not None or self.engine.skipped_steps:
             record["train/skipped_steps"] = self.engine.skipped_steps
+        if self.saves.num_failed:
+            record["ckpt/failed"] = self.saves.num_failed
         self.outcome.loss = loss
         self.reporter.step(record)
         if config.train.detect_nan:
@@ -202,6 +204,7 @@ class Trainer:
             what = f"at step {step} the gradients are not finite, as at every step since the last log line: nothing is learnt."
         else:
             return
+        self.saves.drain()
         self.reporter.event("nan", step=step, loss=str(loss))
         raise TrainError(
             f"{what} {self._last_good()} Lower optimizer.lr, raise schedule.warmup_steps, or look at the data; "
@@ -209,7 +212,7 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
-        path = self.outcome.checkpoint
+        path = self.saves.last_good
         return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
 
     def _between_steps(self, *, save_wished: bool) -> None:
@@ -221,10 +224,7 @@ class Trainer:
         if train.eval_every_steps and step % train.eval_every_steps == 0:
             self.evaluate()
         if save_wished or (every and step % every == 0):
-            try:
-                self.save()
-            except CheckpointError as error:
-                self.reporter.say(f"WARNING: {error} Training goes on.")
+            self.saves.begin(self.progress, self.callbacks.state_dict())
         self._window.other_s += time.perf_counter() - started
 
     def evaluate(self) -> None:
@@ -245,21 +245,23 @@ class Trainer:
         self.reporter.evaluation(record)
 
     def save(self) -> None:
-        """Write a checkpoint of the present state. Collective: every rank calls it; it blocks until it is committed.
+        """Make the present state durable, unless it is. Collective: every rank calls it; it blocks until it is committed.
 
         Raises:
             CheckpointError: it could not be written, on any rank.
         """
-        if self._saved_step == self.progress.step:
-            return
-        started = time.perf_counter()
-        self.outcome.checkpoint = self._save(self.progress, self.callbacks.state_dict())
-        self._saved_step = self.progress.step
-        self._window.stall_s += time.perf_counter() - started
+        self.saves.finish(self.progress, self.callbacks.state_dict())
 
     def _finish(self) -> None:
         step = self.progress.step
         self.outcome.step = step
+        try:
+            self._end(step)
+            self.saves.drain()
+        finally:
+            self.outcome.checkpoint = self.saves.last_good
+
+    def _end(self, step: int) -> None:
         if self.outcome.stopped:
             self.reporter.event("stop", step=step, reason=self.outcome.stopped)
             self.reporter.say(f"stopping after step {step}: {self.outcome.stopped}")

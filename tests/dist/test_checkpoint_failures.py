@@ -84,7 +84,7 @@ def save_with_fault(layout: Layout, directory: str, call: str, number: int, code
         ("posix_fallocate", 2, errno.ENOSPC, 0),  # for the manifest
         ("posix_fallocate", 3, errno.ENOSPC, 0),  # for COMMIT
         ("pwrite", 1, errno.EIO, 1),
-        ("pwrite", 7, errno.EIO, 0),
+        ("pwrite", 2, errno.EIO, 0),  # the manifest
         ("fsync", 1, errno.EIO, 1),  # data
         ("fsync", 2, errno.EIO, 0),  # manifest
         ("fsync", 3, errno.EIO, 0),  # COMMIT
@@ -104,7 +104,8 @@ def test_a_failed_write_is_an_error_everywhere_and_leaves_nothing(
     assert os.strerror(code) in ranks[0]["error"]
     assert f"rank {rank}" in ranks[0]["error"]
     assert ranks[0]["left"] == ["latest", "step-00000001"]
-    assert ranks[0]["events"] == ["save_begin", "commit", "save_begin", "save_failed"]
+    steps = [kind for kind in ranks[0]["events"] if kind not in ("snapshot", "persisted")]
+    assert steps == ["save_begin", "commit", "save_begin", "save_failed"]
     assert ranks[0]["found"].endswith("step-00000003")
 
 
@@ -197,7 +198,7 @@ def find_and_restore(directory: str, layout: Layout, resume: str = "auto") -> di
     [
         ("mkdir", 2, 0, 1),
         ("posix_fallocate", 1, 1, 1),
-        ("pwrite", 5, 1, 1),
+        ("pwrite", 2, 1, 1),
         ("pwrite", 1, 0, 1),
         ("fsync", 2, 1, 1),
         ("fsync", 3, 0, 1),  # COMMIT

@@ -65,6 +65,7 @@ class Fragment:
 
     Attributes:
         shard: the box of the global tensor that an axis such as tensor parallelism gave this rank; None for the whole.
+        owner: what the optimizer steps when it changes these elements; None where it never does.
 
     Shape: view is flat, one element for each.
     """
@@ -74,6 +75,7 @@ class Fragment:
     view: torch.Tensor
     replicated: bool
     shard: Box | None = None
+    owner: torch.Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -216,14 +218,13 @@ def view_of(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
 def param_fragment(slot: Slot) -> Fragment:
     """The value of the parameter itself."""
     tensor = Tensor(slot.name, PARAM, dtype_name(slot.flat.dtype), slot.shape)
-    return Fragment(tensor, slot.start, view_of(slot, slot.flat), slot.replicated)
+    return Fragment(tensor, slot.start, view_of(slot, slot.flat), slot.replicated, owner=slot.owner)
 
 
 def state_fragment(slot: Slot, key: str, state: torch.Tensor) -> Fragment:
     """A tensor state of the optimizer."""
-    return Fragment(
-        Tensor(slot.name, key, dtype_name(state.dtype), slot.shape), slot.start, view_of(slot, state), slot.replicated
-    )
+    tensor = Tensor(slot.name, key, dtype_name(state.dtype), slot.shape)
+    return Fragment(tensor, slot.start, view_of(slot, state), slot.replicated, owner=slot.owner)
 
 
 def buffer_fragments(module: nn.Module) -> list[Fragment]:

@@ -1,51 +1,33 @@
-"""Saving, finding and restoring checkpoints of a live DeepSpeed engine: the protocol, and what ranks must agree on.
+"""Saving, finding and restoring checkpoints of a live DeepSpeed engine: what ranks must agree on.
 
-A save: rank 0 makes a temporary directory -> every rank writes and syncs its data file and manifest -> all agree that it
-worked -> rank 0 checks the sizes, writes COMMIT, syncs, renames, syncs the parent -> all hear of it -> retention. A failure
-at any point is the same CheckpointError on every rank, and nothing of the save is left.
+How a save goes is in `saving.py` (threads), `snapshot.py` (copying), `writer.py` (files) and `protocol.py` (commit).
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
-import platform
-import shutil
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from anyshard.configs.errors import CheckpointError, DiskFullError
+from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint import catalog, layout, optimizers, retention
+from anyshard.trainer.checkpoint.capture import restore_scaler
 from anyshard.trainer.checkpoint.exchange import Exchange
-from anyshard.trainer.checkpoint.manifest import COMMIT, Commit, FileRef, Manifest, Scalar, Tensor, data_name, dump_commit
+from anyshard.trainer.checkpoint.faults import faults_of_environment
+from anyshard.trainer.checkpoint.manifest import Commit, Manifest, Scalar, Tensor
 from anyshard.trainer.checkpoint.reader import ChunkIndex, check_same_model, read_into
-from anyshard.trainer.checkpoint.storage import replace_durably, sync_directory, write_durably
-from anyshard.trainer.checkpoint.writer import file_bytes, fragments_to_write, write_rank
+from anyshard.trainer.checkpoint.saving import PendingSave, Saver, SaveResult
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"
-"""Advisory file with the name of the newest checkpoint, for people and scripts; nothing here reads it."""
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """A committed checkpoint.
-
-    Attributes:
-        num_bytes: in the data files of all ranks.
-        stall_s: time that training stood still.
-    """
-
-    path: Path
-    num_bytes: int
-    stall_s: float
+MIB = 2**20
+TIMEOUT_S = 1800.0
+"""How long the slowest rank may take for its part of a save or a restore."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +75,11 @@ class CheckpointManager:
     Args:
         keep: newest committed checkpoints that stay; 0 keeps all.
         verify: check every byte that is read on restore against its checksum.
-        group: gloo process group of all ranks, apart from the training collectives; None for a single process.
-        event: called on rank 0 as `event(kind, **details)`: save_begin, commit, save_failed, checkpoint_damaged.
+        group: gloo process group of all ranks that nothing else uses; None for a single process.
+        event: called on rank 0 as `event(kind, **details)`, from any thread: save_begin, snapshot, persisted, commit,
+            save_failed, checkpoint_damaged.
+        staging_bytes: bound on the host memory of this rank's snapshots; None takes what fits.
+        bandwidth_mib_s: bound on the rate at which this rank writes; None for none.
         timeout_s: how long the slowest rank may take for its part of a save or a restore.
     """
 
@@ -106,13 +91,23 @@ class CheckpointManager:
         verify: bool,
         group: dist.ProcessGroup | None,
         event: Callable[..., None],
-        timeout_s: float = 1800.0,
+        staging_bytes: int | None = None,
+        bandwidth_mib_s: float | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.directory = Path(directory)
-        self._keep = keep
         self._verify = verify
         self._ranks = Exchange(group, timeout_s)
         self._event = event if self._ranks.rank == 0 else _no_event
+        self._saver = Saver(
+            self.directory,
+            keep=keep,
+            ranks=self._ranks,
+            event=self._event,
+            staging_bytes=staging_bytes,
+            bytes_per_s=None if bandwidth_mib_s is None else bandwidth_mib_s * MIB,
+            faults=faults_of_environment(self._ranks.rank),
+        )
 
     def save(self, engine: Any, *, step: int, meta: dict[str, Any], rank_meta: dict[str, Any]) -> SaveResult:
         """Write and commit the state of `engine`.
@@ -128,65 +123,50 @@ class CheckpointManager:
             CheckpointError: it failed, on any rank; the same on all. No trace of it is left, earlier ones are intact.
             DiskFullError: that was why.
         """
-        started = time.perf_counter()
-        self._event("save_begin", step=step)
-        try:
-            path, num_bytes = self._save(engine, step, meta, rank_meta)
-        except CheckpointError as error:
-            self._event("save_failed", step=step, error=str(error))
-            raise
-        stall_s = time.perf_counter() - started
-        self._event("commit", step=step, path=str(path), num_bytes=num_bytes, seconds=round(stall_s, 3))
-        return SaveResult(path, num_bytes, stall_s)
+        return self._saver.begin(engine, step=step, meta=meta, rank_meta=rank_meta, small=True).result()
 
-    def _save(self, engine: Any, step: int, meta: dict[str, Any], rank_meta: dict[str, Any]) -> tuple[Path, int]:
-        ranks = self._ranks
-        final = self.directory / catalog.checkpoint_name(step)
-        temporary: Path | None = None
-        try:
-            temporary = Path(ranks.on_first(lambda: str(retention.make_temporary(self.directory, final.name))))
-            written = ranks.everywhere(lambda: asdict(self._write(engine, temporary, rank_meta)))
-            ranks.on_first(lambda: self._commit(engine, step, meta, temporary, final, written))
-        except CheckpointError as error:
-            if ranks.rank == 0 and temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            text = str(error).rstrip(".").replace(str(temporary), str(final))
-            if isinstance(error, DiskFullError):
-                text += ". Free some space on this disk, lower checkpoint.keep, or set checkpoint.dir to a folder on another"
-            raise type(error)(f"step {step} was not saved: {text}.") from error
-        return final, sum(part["data_bytes"] for part in written)
+    def begin(
+        self, engine: Any, *, step: int, meta: dict[str, Any], rank_meta: dict[str, Any], small: bool = False
+    ) -> PendingSave:
+        """Begin a save of the present state of `engine` and return: training may go on at once.
 
-    def _write(self, engine: Any, temporary: Path, rank_meta: dict[str, Any]) -> Any:
-        optimizer, slots = layout.inner_optimizer(engine), layout.slots(engine)
-        held = optimizers.fragments(slots, optimizer)
-        if self._ranks.rank == 0:
-            held += layout.buffer_fragments(engine.module)
-        mine = fragments_to_write(held, self._ranks.rank, self._ranks.world_size)
-        names = {fragment.tensor.name for fragment in mine}
-        scalars = optimizers.scalars([slot for slot in slots if slot.name in names], optimizer)
-        return write_rank(temporary, self._ranks.rank, mine, scalars, rank_meta)
+        The next step of the optimizer waits for what it changes and is not copied yet. Whoever else changes the state (weights
+        averaged in a callback, say) calls `wait_until_copied` first.
 
-    def _commit(
-        self, engine: Any, step: int, meta: dict[str, Any], temporary: Path, final: Path, written: list[dict[str, Any]]
-    ) -> None:
-        """Rank 0: make the checkpoint exist, then drop the ones that it makes superfluous."""
-        refs = [FileRef(**part["manifest"]) for part in written]
-        for rank, (ref, part) in enumerate(zip(refs, written, strict=True)):
-            for name, size in ((data_name(rank), part["data_bytes"]), (ref.file, ref.nbytes)):
-                if file_bytes(temporary / name) != size:
-                    raise CheckpointError(
-                        f"{temporary / name} has {file_bytes(temporary / name)} bytes, rank {rank} wrote {size}."
-                    )
-        write_durably(temporary / COMMIT, dump_commit(_commit_record(engine, step, meta, refs)))
-        sync_directory(temporary)
-        retention.publish(temporary, final)
-        try:
-            (final / retention.LEASE).unlink()
-            replace_durably(self.directory / LATEST, f"{final.name}\n".encode())
-            retention.retain(self.directory, self._keep)
-            retention.collect(self.directory)
-        except OSError as error:  # the checkpoint exists: nothing here may undo that
-            logger.warning("after the save of %s: %s", final.name, error)
+        Collective: every rank calls it between two steps; it does not wait for the others. It waits for this rank's disk
+        where two earlier saves are unfinished. `drain` must be called before the process ends.
+
+        Args:
+            small: the caller waits for it anyway, so a few blocks of host memory are enough.
+        """
+        return self._saver.begin(engine, step=step, meta=meta, rank_meta=rank_meta, small=small)
+
+    def prepare(self, engine: Any) -> None:
+        """Make the host memory that `begin` will need in the background, any time after the first step."""
+        self._saver.prepare(engine)
+
+    def wait_until_copied(self) -> None:
+        """Wait until no save needs the live state any more."""
+        self._saver.guard.wait()
+
+    def take_guard_stall_s(self) -> float:
+        """How long optimizer steps have waited for copies since the last call."""
+        stall_s, self._saver.guard.stall_s = self._saver.guard.stall_s, 0.0
+        return stall_s
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Wait until every save that was begun is committed or has failed (its `PendingSave` knows which), or for so long."""
+        self._saver.drain(timeout_s)
+
+    def agree(self, holds: bool) -> bool:
+        """Whether something holds on every rank.
+
+        Collective: every rank calls it, with no save on its way; it blocks.
+
+        Raises:
+            CheckpointError: a rank died, or did not come within the time.
+        """
+        return all(self._ranks.gather(holds))
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to resume from.
@@ -285,7 +265,7 @@ class CheckpointManager:
         engine.skipped_steps = int(record["skipped_steps"])
         engine.global_samples = engine.global_steps * engine.train_batch_size()
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        return notes + _restore_scaler(engine, record["loss_scaler"])
+        return notes + restore_scaler(engine, record["loss_scaler"])
 
     def _confirm(self, optimizer: torch.optim.Optimizer, found: _Stored) -> None:
         """Every rank now has the hyper-parameters and the optimizer step of COMMIT.
@@ -342,56 +322,3 @@ def _dtype_notes(targets: Iterable[layout.Fragment], found: _Stored) -> list[str
             kind = (target.tensor.key, stored, target.tensor.dtype)
             changed[kind] = changed.get(kind, 0) + 1
     return [f"{count} tensors [{key}] stored as {old} are {new} here" for (key, old, new), count in changed.items()]
-
-
-def _commit_record(engine: Any, step: int, meta: dict[str, Any], refs: list[FileRef]) -> Commit:
-    import deepspeed
-
-    import anyshard
-
-    optimizer = layout.inner_optimizer(engine)
-    return Commit(
-        step=step,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        layout={**layout.describe(engine), "world_size": len(refs)},
-        versions={
-            "anyshard": anyshard.__version__,
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "python": platform.python_version(),
-        },
-        engine={
-            "global_steps": engine.global_steps,
-            "skipped_steps": engine.skipped_steps,
-            "optimizer_steps": engine.global_steps - engine.skipped_steps,
-            "loss_scaler": _scaler_state(engine),
-        },
-        optimizer={
-            "class": type(optimizer).__name__,
-            "kind": optimizers.habits_of(optimizer).kind,
-            "groups": optimizers.hyper_parameters(optimizer),
-        },
-        tied=layout.tied_names(engine.module),
-        meta=meta,
-        manifests=refs,
-    )
-
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _scaler_state(engine: Any) -> dict[str, float] | None:
-    """What fp16's dynamic loss scaling has learnt; None without it."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {key: getattr(scaler, key) for key in _SCALER_FIELDS} if getattr(scaler, "dynamic", False) else None
-
-
-def _restore_scaler(engine: Any, stored: dict[str, float] | None) -> list[str]:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    dynamic = getattr(scaler, "dynamic", False)
-    if stored and dynamic:
-        for key in _SCALER_FIELDS:
-            setattr(scaler, key, stored[key])
-    if stored and not dynamic:
-        return [f"the loss scale {stored['cur_scale']:g} of the checkpoint is not used: this run does not scale losses"]
-    return ["the checkpoint has no loss scale: it starts from its initial value"] if dynamic and not stored else []

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from anyshard.trainer.checkpoint.boxes import share, split
+from anyshard.trainer.checkpoint.boxes import share
 from anyshard.trainer.checkpoint.layout import Fragment
 from anyshard.trainer.checkpoint.manifest import (
-    ALIGN_BYTES,
-    ITEM_BYTES,
     Chunk,
     FileRef,
     Manifest,
@@ -24,10 +21,12 @@ from anyshard.trainer.checkpoint.manifest import (
     dump_manifest,
     manifest_name,
 )
-from anyshard.trainer.checkpoint.storage import new_file, write_at, write_durably
+from anyshard.trainer.checkpoint.snapshot import Filled, Snapshot
+from anyshard.trainer.checkpoint.staging import StagingPool
+from anyshard.trainer.checkpoint.storage import new_file, write_block, write_durably
 
 CHUNK_BYTES = 16 * 2**20
-"""Largest chunk: what a save or a restore needs beside the state, and what a reader must read to check any part of it."""
+"""Largest chunk: what a restore needs beside the state, and what a reader must read to check any part of it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,46 @@ def fragments_to_write(fragments: Iterable[Fragment], rank: int, world_size: int
     replicated = [fragment for fragment in held if fragment.replicated]
     for index, start, numel in share([fragment.numel for fragment in replicated], rank, world_size):
         whole = replicated[index]
-        alone.append(replace(whole, start=whole.start + start, view=whole.view.narrow(0, start, numel), replicated=False))
+        view = whole.view.narrow(0, start, numel)
+        alone.append(dataclasses.replace(whole, start=whole.start + start, view=view, replicated=False))
     return alone
+
+
+def write_blocks(
+    directory: Path,
+    rank: int,
+    num_bytes: int,
+    blocks: Iterable[Filled],
+    scalars: list[Scalar],
+    meta: dict[str, Any],
+    *,
+    after_block: Callable[[int], None] | None = None,
+) -> Written:
+    """Write the data file of this rank from copied blocks, hashing on the way, then its manifest; both synced to the disk.
+
+    Args:
+        num_bytes: of the data file.
+        blocks: in order; each is used until the next is asked for.
+        after_block: called with the bytes of every block written.
+
+    Raises:
+        OSError: a write failed; a full disk shows before the first byte is written.
+    """
+    chunks, file = [], data_name(rank)
+    with new_file(directory / file, num_bytes, direct=True) as descriptor:
+        for filled in blocks:
+            for piece in filled.pieces:
+                fragment, checksum = piece.fragment, digest(filled.bytes_of(piece))
+                start = fragment.start + piece.start
+                chunks.append(
+                    Chunk(fragment.tensor, fragment.box, start, piece.numel, file, piece.offset, piece.nbytes, checksum)
+                )
+            write_block(descriptor, filled.data, filled.offset)
+            if after_block is not None:
+                after_block(filled.num_bytes)
+    manifest = dump_manifest(Manifest(rank, file, num_bytes, chunks, scalars, meta))
+    write_durably(directory / manifest_name(rank), manifest)
+    return Written(FileRef(manifest_name(rank), len(manifest), digest(manifest)), num_bytes)
 
 
 def write_rank(
@@ -62,45 +99,15 @@ def write_rank(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Written:
-    """Write the data file and the manifest of this rank, both synced to the disk.
+    """Write the data file and the manifest of this rank from live fragments, by this thread alone.
 
-    Host memory needed beside the state: one chunk, where the state is not on the host.
+    Host memory needed beside the state: one block.
 
     Raises:
         OSError: a write failed; a full disk shows before the first byte is written.
     """
-    pieces: list[tuple[Fragment, int, int, int]] = []
-    offset = 0
-    for fragment in fragments:
-        item_bytes = ITEM_BYTES[fragment.tensor.dtype]
-        for start, numel in split(0, fragment.numel, chunk_bytes // item_bytes):
-            pieces.append((fragment, start, numel, offset))
-            offset += -(-numel * item_bytes // ALIGN_BYTES) * ALIGN_BYTES
-    chunks = []
-    with new_file(directory / data_name(rank), offset) as descriptor:
-        for fragment, start, numel, at in pieces:
-            data = host_bytes(fragment.view.narrow(0, start, numel))
-            write_at(descriptor, data, at)
-            chunks.append(
-                Chunk(
-                    fragment.tensor,
-                    fragment.box,
-                    fragment.start + start,
-                    numel,
-                    data_name(rank),
-                    at,
-                    len(data),
-                    digest(data),
-                )
-            )
-    manifest = dump_manifest(Manifest(rank, data_name(rank), offset, chunks, scalars, meta))
-    write_durably(directory / manifest_name(rank), manifest)
-    return Written(FileRef(manifest_name(rank), len(manifest), digest(manifest)), offset)
-
-
-def host_bytes(view: torch.Tensor) -> memoryview:
-    """The bytes of a flat tensor; copied only where it is not on the host already."""
-    return view.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    snapshot = Snapshot(fragments, StagingPool(1), chunk_bytes)
+    return write_blocks(directory, rank, snapshot.num_bytes, snapshot.blocks_here(), scalars, meta)
 
 
 def file_bytes(path: Path) -> int:

@@ -78,7 +78,7 @@ def test_flatten_lists_every_key_and_the_leaves_of_mappings() -> None:
 def test_plain_is_yaml_data() -> None:
     data = plain(Config())
     assert set(GROUPS) <= set(data)
-    assert data["checkpoint"]["mode"] == "sync"
+    assert data["checkpoint"]["mode"] == "async"
 
 
 def test_leaves_keep_empty_mappings() -> None:

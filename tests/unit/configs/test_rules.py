@@ -39,7 +39,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parallel.sp": 2, "launch.procs_per_node": 2}, "parallel.sp", "data-parallel only"),
     ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
-    ({"checkpoint.mode": "async"}, "checkpoint.mode", "Set checkpoint.mode=sync."),
     # ranks and batch
     (
         {"parallel.dp": 4, "launch.procs_per_node": 2},
@@ -190,10 +189,10 @@ def test_every_rule_is_tried() -> None:
 
 
 def test_problems_of_all_groups_come_together() -> None:
-    config = make_config({"zero.stage": 0, "checkpoint.mode": "async", "optimizer.lr": -1.0, "data.source": "text"})
+    config = make_config({"zero.stage": 0, "checkpoint.keep": -1, "optimizer.lr": -1.0, "data.source": "text"})
     with pytest.raises(ConfigError) as caught:
         require(config)
-    assert [problem.key for problem in caught.value.problems] == ["optimizer.lr", "checkpoint.mode", "zero.stage", "data.path"]
+    assert [problem.key for problem in caught.value.problems] == ["optimizer.lr", "checkpoint.keep", "zero.stage", "data.path"]
     assert str(caught.value).startswith("4 problems:")
 
 

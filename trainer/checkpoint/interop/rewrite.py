@@ -18,7 +18,7 @@ from anyshard.configs.errors import ConfigError, Problem
 from anyshard.trainer.checkpoint import catalog
 from anyshard.trainer.checkpoint.boxes import full_box, share, split
 from anyshard.trainer.checkpoint.interop.output import new_folder
-from anyshard.trainer.checkpoint.interop.source import Key, Record, Source, num_bytes
+from anyshard.trainer.checkpoint.interop.source import Key, Record, Source, host_bytes, num_bytes
 from anyshard.trainer.checkpoint.manifest import (
     ALIGN_BYTES,
     BUFFER,
@@ -38,7 +38,7 @@ from anyshard.trainer.checkpoint.manifest import (
     manifest_name,
 )
 from anyshard.trainer.checkpoint.storage import new_file, write_at, write_durably
-from anyshard.trainer.checkpoint.writer import CHUNK_BYTES, host_bytes
+from anyshard.trainer.checkpoint.writer import CHUNK_BYTES
 
 Piece = tuple[int, int, int]
 """First element, number of elements, offset in the file."""

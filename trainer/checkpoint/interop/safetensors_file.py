@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from anyshard.configs.errors import CheckpointError
+from anyshard.trainer.checkpoint.interop.source import host_bytes
 from anyshard.trainer.checkpoint.manifest import ITEM_BYTES
 from anyshard.trainer.checkpoint.storage import new_file, write_at
-from anyshard.trainer.checkpoint.writer import host_bytes
 
 CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",

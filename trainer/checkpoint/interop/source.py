@@ -104,3 +104,8 @@ def merged(scalars: list[Scalar]) -> list[Scalar]:
 def num_bytes(tensors: Mapping[Key, Tensor]) -> int:
     """Size of the elements of these tensors."""
     return sum(tensor.numel * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
+
+
+def host_bytes(view: torch.Tensor) -> memoryview:
+    """The bytes of a flat tensor; copied only where it is not on the host already."""
+    return view.detach().cpu().contiguous().view(torch.uint8).numpy().data

@@ -3,7 +3,6 @@
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import Values, empty_like, fragments_of, some_values, write_checkpoint
@@ -16,7 +15,7 @@ from anyshard.trainer.checkpoint.catalog import index_chunks, read_commit, read_
 from anyshard.trainer.checkpoint.layout import Fragment
 from anyshard.trainer.checkpoint.manifest import Tensor
 from anyshard.trainer.checkpoint.reader import ChunkIndex, check_same_model, plan_reads, read_into
-from anyshard.trainer.checkpoint.writer import file_bytes, host_bytes
+from anyshard.trainer.checkpoint.writer import file_bytes
 
 
 def index_of(path: Path) -> ChunkIndex:
@@ -115,11 +114,6 @@ def test_chunks_are_aligned_and_padding_is_less_than_a_page(tmp_path: Path) -> N
     (manifest,) = read_manifests(path, read_commit(path))
     assert all(chunk.offset == 4096 * number for number, chunk in enumerate(manifest.chunks))
     assert manifest.num_bytes == 4096 * len(manifest.chunks) == file_bytes(path / "rank-00000.bin")
-
-
-def test_a_save_copies_nothing_that_is_on_the_host() -> None:
-    view = torch.arange(10.0)
-    assert np.frombuffer(host_bytes(view), dtype=np.float32).ctypes.data == view.data_ptr()
 
 
 def test_a_restore_needs_the_memory_of_one_chunk(tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""Saves of a live engine, in the background: capture -> copy -> persist -> commit.
+
+`begin` is all that the training thread does: it takes small values at once (scalars, hyper-parameters, buffers, what the
+trainer stores) and starts two threads. One copies the state to the host (`snapshot.py`); the other writes it and goes through
+the protocol with the other ranks (`protocol.py`), over a group of their own with bounded waits.
+
+Saves are written one after the other. At most one more waits meanwhile, its state copied as far as there is room, and what
+comes then waits to begin. So the ranks, which begin the same saves in the same order, always write the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyshard.configs.errors import CheckpointError
+from anyshard.trainer.checkpoint import layout, optimizers
+from anyshard.trainer.checkpoint.capture import Captured, capture, steppers
+from anyshard.trainer.checkpoint.exchange import Exchange
+from anyshard.trainer.checkpoint.faults import Faults
+from anyshard.trainer.checkpoint.manifest import Commit
+from anyshard.trainer.checkpoint.protocol import Protocol
+from anyshard.trainer.checkpoint.snapshot import Snapshot, UpdateGuard
+from anyshard.trainer.checkpoint.staging import MIN_BLOCKS, StagingPool, blocks_for, free_host_bytes, max_blocks
+from anyshard.trainer.checkpoint.throttle import Throttle
+from anyshard.trainer.checkpoint.writer import CHUNK_BYTES, Written, fragments_to_write, write_blocks
+
+logger = logging.getLogger(__name__)
+
+MAX_UNFINISHED = 2
+"""One save is being written, one more may wait; the next one has to."""
+NICENESS = 5
+"""Priority of the thread that hashes and writes, below that of the threads that train."""
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """A committed checkpoint.
+
+    Attributes:
+        num_bytes: in the data files of all ranks.
+        stall_s: time that the training of this rank stood still for it.
+    """
+
+    path: Path
+    num_bytes: int
+    stall_s: float
+
+
+class PendingSave:
+    """A save on its way, or what became of it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.began_s = time.perf_counter()
+        self.begin_stall_s = 0.0
+        self.snapshot: Snapshot | None = None
+        self.captured: Captured | None = None
+        self.refused: Exception | None = None  # what went wrong while it was captured
+        self._outcome: tuple[Path, int] | CheckpointError | None = None
+        self._finished = threading.Event()
+
+    @property
+    def stall_s(self) -> float:
+        """Time that training stood still for it so far."""
+        return self.begin_stall_s + (self.snapshot.waited_s if self.snapshot is not None else 0.0)
+
+    @property
+    def age_s(self) -> float:
+        """Time since it was asked for."""
+        return round(time.perf_counter() - self.began_s, 3)
+
+    @property
+    def is_finished(self) -> bool:
+        """Committed or failed."""
+        return self._finished.is_set()
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait until it is committed or has failed, or for so long."""
+        self._finished.wait(timeout_s)
+
+    def result(self) -> SaveResult:
+        """Wait until it is committed.
+
+        Raises:
+            CheckpointError: it failed; the same on every rank.
+        """
+        self._finished.wait()
+        if isinstance(self._outcome, CheckpointError):
+            raise self._outcome
+        assert self._outcome is not None
+        return SaveResult(*self._outcome, self.stall_s)
+
+    def finish(self, outcome: tuple[Path, int] | CheckpointError) -> None:
+        """Tell those who wait, and let go of the state."""
+        self.begin_stall_s, self.snapshot, self.captured = self.stall_s, None, None
+        self._outcome = outcome
+        self._finished.set()
+
+
+class Saver:
+    """Saves to one directory. Its methods are called by the training thread, at the same steps on every rank.
+
+    Args:
+        event: called on rank 0, from any thread: save_begin, snapshot, persisted, commit, save_failed.
+        staging_bytes: bound on the host memory of this rank's snapshots; None takes what fits.
+        bytes_per_s: bound on the rate of this rank's writing; None for none.
+
+    Attributes:
+        guard: knows how long optimizer steps have waited.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        ranks: Exchange,
+        event: Callable[..., None],
+        staging_bytes: int | None,
+        bytes_per_s: float | None,
+        faults: Faults,
+    ) -> None:
+        self.guard = UpdateGuard()
+        self._protocol = Protocol(directory, keep, ranks, faults)
+        self._ranks, self._event, self._faults = ranks, event, faults
+        self._staging_bytes = staging_bytes
+        self._throttle = Throttle(bytes_per_s)
+        self._pool: StagingPool | None = None
+        self._unfinished: list[PendingSave] = []
+        self._copier: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
+
+    def begin(
+        self, engine: Any, *, step: int, meta: dict[str, Any], rank_meta: dict[str, Any], small: bool = False
+    ) -> PendingSave:
+        """Start a save. Waits only while two earlier ones are unfinished.
+
+        Args:
+            small: training waits for it anyway, so a few blocks of host memory are enough.
+        """
+        save = PendingSave(step)
+        while len(self._unfinished) >= MAX_UNFINISHED:
+            self._unfinished[0].join()
+            self._drop_finished()
+        self._event("save_begin", step=step)
+        self._faults.reach("begin")
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        try:
+            save.captured = capture(engine, step=step, meta=meta, rank_meta=rank_meta, rank=rank, world_size=world_size)
+            save.snapshot = Snapshot(save.captured.fragments, self._pool_for(save.captured.fragments, small), CHUNK_BYTES)
+            self.guard.protect(save.snapshot, steppers(engine))
+        except Exception as error:  # the other ranks must hear of it, or they would wait
+            save.refused = error
+        self._unfinished.append(save)
+        self._start(save)
+        save.begin_stall_s = time.perf_counter() - save.began_s
+        return save
+
+    def _pool_for(self, fragments: list[layout.Fragment], small: bool) -> StagingPool:
+        if self._pool is None:
+            self._pool = StagingPool(0, pinned=any(fragment.view.is_cuda for fragment in fragments))
+        pool, num_bytes = self._pool, sum(fragment.view.nbytes for fragment in fragments)
+        if small:
+            pool.max_blocks = max(pool.max_blocks, MIN_BLOCKS)
+        elif pool.max_blocks < 2 * blocks_for(num_bytes):
+            free = free_host_bytes() + pool.num_bytes
+            pool.max_blocks = max(pool.max_blocks, max_blocks(num_bytes, self._staging_bytes, free_bytes=free))
+        return pool
+
+    def prepare(self, engine: Any) -> None:
+        """Have a thread make the memory of the first snapshot, so that the first save does not wait for it."""
+        with contextlib.suppress(CheckpointError):  # the save will say why it cannot be
+            held = optimizers.fragments(layout.slots(engine), layout.inner_optimizer(engine))
+            mine = fragments_to_write(held, self._ranks.rank, self._ranks.world_size)
+            pool, num_blocks = self._pool_for(mine, False), blocks_for(sum(fragment.view.nbytes for fragment in mine))
+            threading.Thread(target=pool.prepare, args=[num_blocks], name="checkpoint-memory", daemon=True).start()
+
+    def _start(self, save: PendingSave) -> None:
+        threads = [
+            threading.Thread(target=work, args=[save, previous], name=f"checkpoint-{name}-{save.step}", daemon=True)
+            for name, work, previous in (("copy", self._copy, self._copier), ("write", self._write, self._writer))
+        ]
+        self._copier, self._writer = threads
+        for thread in threads:
+            thread.start()
+
+    def _copy(self, save: PendingSave, previous: threading.Thread | None) -> None:
+        """The copying thread of one save."""
+        if previous is not None:
+            previous.join()
+        snapshot = save.snapshot
+        if snapshot is not None:
+            num_bytes = snapshot.num_bytes
+            snapshot.copy(lambda: self._event("snapshot", step=save.step, num_bytes=num_bytes, seconds=save.age_s))
+
+    def _write(self, save: PendingSave, previous: threading.Thread | None) -> None:
+        """The writing thread of one save."""
+        if previous is not None:
+            previous.join()
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux that is of a thread
+        outcome: tuple[Path, int] | CheckpointError
+        try:
+            outcome = self._protocol.save(
+                save.step,
+                lambda directory: self._write_files(save, directory),
+                lambda: _record_of(save),
+                lambda num_bytes: self._event("persisted", step=save.step, num_bytes=num_bytes, seconds=save.age_s),
+            )
+        except CheckpointError as error:
+            outcome = error
+        except BaseException as error:
+            logger.exception("the save of step %d", save.step)
+            outcome = CheckpointError(f"step {save.step} was not saved: {type(error).__name__}: {error}.")
+        if save.snapshot is not None:
+            save.snapshot.give_up()
+        if isinstance(outcome, CheckpointError):
+            self._event("save_failed", step=save.step, error=str(outcome))
+        else:
+            path, num_bytes = outcome
+            stall_ms = round(1000 * save.stall_s, 3)
+            self._event("commit", step=save.step, path=str(path), num_bytes=num_bytes, seconds=save.age_s, stall_ms=stall_ms)
+        save.finish(outcome)
+
+    def _write_files(self, save: PendingSave, directory: Path) -> Written:
+        if save.refused is not None:
+            raise save.refused
+        assert save.snapshot is not None
+        assert save.captured is not None
+
+        def after_block(num_bytes: int) -> None:
+            self._faults.reach("data")
+            self._throttle.wait(num_bytes)
+
+        return write_blocks(
+            directory,
+            self._ranks.rank,
+            save.snapshot.num_bytes,
+            save.snapshot.blocks(),
+            save.captured.scalars,
+            save.captured.rank_meta,
+            after_block=after_block,
+        )
+
+    def _drop_finished(self) -> None:
+        self._unfinished = [save for save in self._unfinished if not save.is_finished]
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Wait until every save is committed or has failed, as fast as the disk can, or for so long."""
+        ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._throttle.lift()
+        for save in self._unfinished:
+            save.join(None if ends_s is None else max(0.0, ends_s - time.monotonic()))
+        self._drop_finished()
+        self._throttle.set()
+
+
+def _record_of(save: PendingSave) -> Commit:
+    """COMMIT without the manifests, on rank 0."""
+    assert save.captured is not None
+    assert save.captured.commit is not None
+    return save.captured.commit

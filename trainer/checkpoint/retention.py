@@ -163,8 +163,12 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def make_temporary(directory: Path, name: str) -> Path:
-    """A temporary directory for the checkpoint `name`, with a lease of this process."""
+    """A temporary directory for the checkpoint `name`, with a lease of this process; the way to it is durable."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
+    if missing:  # the run directory above is new as well, and nobody has synced its name
+        for path in (*missing, missing[-1].parent):
+            sync_directory(path.parent)
     temporary = sibling(directory / name, "tmp")
     temporary.mkdir()
     descriptor = os.open(temporary / LEASE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

@@ -56,6 +56,28 @@ def test_every_byte_of_every_file_is_checked(path: Path) -> None:
     assert verify(path) == []
 
 
+def test_ten_thousand_flips_and_cuts_are_all_seen(tmp_path: Path) -> None:
+    """Of a checkpoint in pieces of a page, so that elements, padding, manifests and COMMIT all have their share."""
+    path = write_checkpoint(tmp_path, {("w", "param"): some_values()["a.weight", "exp_avg"]}, chunk_bytes=4096)
+    rng = random.Random(1)
+    files = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    silent = []
+    for number in range(10_000):
+        file, data = rng.choice(list(files.items()))
+        position = rng.randrange(len(data))
+        if number % 4:
+            bit = rng.randrange(8)
+            damaged = data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
+        else:
+            bit, damaged = None, data[:position]
+        file.write_bytes(damaged)
+        if not verify(path):
+            silent.append((file.name, position, bit))
+        file.write_bytes(data)
+    assert silent == []
+    assert verify(path) == []
+
+
 def test_a_damage_says_where_and_in_which_tensor(path: Path) -> None:
     chunk = read_manifests(path, read_commit(path))[1].chunks[-1]
     flip(path / "rank-00001.bin", chunk.offset, 0)

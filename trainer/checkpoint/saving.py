@@ -240,15 +240,16 @@ class Saver:
             self._faults.reach("data")
             self._throttle.wait(num_bytes)
 
-        return write_blocks(
-            directory,
-            self._ranks.rank,
-            save.snapshot.num_bytes,
-            save.snapshot.blocks(),
-            save.captured.scalars,
-            save.captured.rank_meta,
-            after_block=after_block,
-        )
+        with contextlib.closing(save.snapshot.blocks()) as blocks:  # a failed write gives its block back
+            return write_blocks(
+                directory,
+                self._ranks.rank,
+                save.snapshot.num_bytes,
+                blocks,
+                save.captured.scalars,
+                save.captured.rank_meta,
+                after_block=after_block,
+            )
 
     def _drop_finished(self) -> None:
         self._unfinished = [save for save in self._unfinished if not save.is_finished]

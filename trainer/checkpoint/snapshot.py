@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +182,7 @@ class Snapshot:
             self._num_copied += num_pieces
             self._changed.notify_all()
 
-    def blocks(self) -> Iterator[Filled]:
+    def blocks(self) -> Generator[Filled]:
         """Copied blocks in order, each the caller's until it asks for the next.
 
         Raises:

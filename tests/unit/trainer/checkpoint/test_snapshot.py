@@ -1,5 +1,6 @@
 """Copying without ranks: what a block holds, what a step waits for, and that nothing is lost when a save is given up."""
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -192,6 +193,17 @@ def test_giving_up_frees_steps_and_blocks() -> None:
     assert all(pool.acquire(lambda: True) is None for _ in range(2))
     taken = [pool.acquire(lambda: False) for _ in range(2)]
     assert len({id(block) for block in taken}) == 2, "both blocks are back"
+
+
+def test_a_write_that_fails_gives_its_block_back() -> None:
+    pool = StagingPool(1, block_bytes=BLOCK)
+    snapshot = Snapshot([fragment(torch.ones(8000))], pool, 4096)
+    copying = copy_in_background(snapshot)
+    with contextlib.closing(snapshot.blocks()) as blocks:
+        next(blocks)
+    snapshot.give_up()
+    copying.join(5)
+    assert pool.acquire(lambda: False) is not None
 
 
 def test_an_error_while_copying_fails_the_save(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from anyshard.configs.compose import compose
 from anyshard.configs.registry import register
 from anyshard.offload.op_cache import op_env
 from anyshard.trainer.callbacks.base import Callback
+from anyshard.trainer.checkpoint.staging import BLOCK_BYTES, StagingPool, blocks_for
 
 MAX_STALL_MS = 5.0
 MAX_ADDED_OF_MEMCPY = 1.2
@@ -160,13 +161,17 @@ class Turns(Callback):
         return {"stall": stall + guard, "begin": stall, "wall": wall, "durable": durable, "cpu": cpu}
 
     def _memcpy(self, state: State) -> float:
-        """Copying the same bytes, by one thread, to memory that is there."""
+        """Copying the same bytes, by one thread, to as much memory whose pages are there."""
         views = list(state.tensors().values())
-        target = (ctypes.c_char * max(view.nbytes for view in views))()
-        ctypes.memset(target, 0, len(target))
+        target = StagingPool(blocks_for(self.num_bytes))
+        target.prepare(target.max_blocks)
+        blocks = [target.acquire(lambda: False) for _ in range(target.max_blocks)]
         started = time.perf_counter()
         for view in views:
-            ctypes.memmove(target, view.data_ptr(), view.nbytes)
+            for start in range(0, view.nbytes, BLOCK_BYTES):
+                block = blocks[start // BLOCK_BYTES % len(blocks)]
+                ctypes.memmove(block.address, view.data_ptr() + start, min(BLOCK_BYTES, view.nbytes - start))
+            blocks = blocks[blocks_for(view.nbytes) :] + blocks[: blocks_for(view.nbytes)]
         return time.perf_counter() - started
 
     def _disk(self) -> float:

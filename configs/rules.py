@@ -223,6 +223,15 @@ def _hpz(config: Config) -> Iterator[Problem]:
         yield Problem("zero.hpz_partition_size", size, f"it does not divide dp={dp}.", f"Use one of {', '.join(divisors)}.")
 
 
+def _checkpoint(config: Config) -> Iterator[Problem]:
+    if config.checkpoint.best_metric is None:
+        return
+    for name in ("eval_every_steps", "eval_samples"):
+        if getattr(config.train, name) == 0:
+            reason = f"checkpoint.best_metric={config.checkpoint.best_metric} needs evaluations."
+            yield Problem(f"train.{name}", 0, reason, "Set it, or checkpoint.best_metric=null.")
+
+
 def _schedule(config: Config) -> Iterator[Problem]:
     schedule, max_steps = config.schedule, config.train.max_steps
     lengths = {"warmup_steps": schedule.warmup_steps}
@@ -355,6 +364,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _offload,
     _hpz,
     _schedule,
+    _checkpoint,
     _optimizer,
     _model,
     _dimensions,

@@ -63,6 +63,11 @@ class Dtype(Enum):
 Mode = Enum("Mode", {"sync": "sync", "async": "async"})
 
 
+class Best(Enum):
+    lowest = "lowest"
+    highest = "highest"
+
+
 class WandbMode(Enum):
     auto = "auto"
     online = "online"
@@ -228,6 +233,15 @@ class Checkpoint:
         "async: training goes on while the state is copied, written and committed. sync: it waits until it is committed.",
     )
     keep: int = key(3, "Newest committed checkpoints that are kept; 0 keeps all.", ge=0)
+    keep_every: int = key(
+        0, "Committed checkpoints whose step is a multiple of this stay as well; 0: none do.", unit="steps", ge=0
+    )
+    best_metric: Optional[str] = key(
+        None,
+        "The checkpoint with the best value of this number of the evaluation (loss, perplexity, ...) stays as well.",
+        why="null: none does",
+    )
+    best_is: Best = key(Best.lowest, "Which value of checkpoint.best_metric is the best.")
     dir: Optional[str] = key(None, "Folder of checkpoints.", why="null: <run.dir>/checkpoints")
     at_end: bool = key(True, "Save after the last step.")
     staging_gib: Optional[float] = key(

@@ -29,10 +29,14 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(rows))
     elif rows:
-        table = Table("step", "created", "saved under", "size", "state", title=str(run_or_dir), title_justify="left")
+        table = Table(
+            "step", "created", "saved under", "size", "eval loss", "state", title=str(run_or_dir), title_justify="left"
+        )
         for row in rows:
             state = "damaged" if row["problem"] else "complete"
-            table.add_row(str(row["step"]), row["created"], row["layout"], _size(row["num_bytes"]), state)
+            loss = row["evaluation"].get("loss")
+            shown = "" if loss is None else f"{loss:.4f}"
+            table.add_row(str(row["step"]), row["created"], row["layout"], _size(row["num_bytes"]), shown, state)
         console = Console()
         console.print(table)
         for row in rows:
@@ -44,11 +48,20 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
 
 
 def _row(found: catalog.Found) -> dict[str, Any]:
-    row = {"step": found.step, "path": str(found.path), "created": "", "layout": "", "num_bytes": 0, "problem": found.problem}
+    row = {
+        "step": found.step,
+        "path": str(found.path),
+        "created": "",
+        "layout": "",
+        "num_bytes": 0,
+        "evaluation": {},
+        "problem": found.problem,
+    }
     if found.problem is None:
         commit = catalog.read_commit(found.path)
         num_bytes = sum(file.stat().st_size for file in found.path.iterdir())
         row |= {"created": commit.created, "layout": _layout(commit.layout), "num_bytes": num_bytes}
+        row["evaluation"] = commit.meta.get("evaluation", {})
     return row
 
 

@@ -30,6 +30,7 @@ from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.checkpoint.manager import TIMEOUT_S, CheckpointManager
+from anyshard.trainer.checkpoint.retention import Retention
 from anyshard.trainer.data.build import build_data
 from anyshard.trainer.data.loader import Loader
 from anyshard.trainer.data.order import SampleOrder
@@ -192,7 +193,12 @@ def _train(
     progress = Progress()
     manager = CheckpointManager(
         frozen.checkpoint_dir_of(config),
-        keep=config.checkpoint.keep,
+        stay=Retention(
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            config.checkpoint.best_metric,
+            best_is_highest=config.checkpoint.best_is is schema.Best.highest,
+        ),
         verify=config.checkpoint.verify,
         group=rank.checkpoints,
         event=reporter.event,

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,15 @@ class Progress:
         step: optimizer steps done.
         samples: global sample position; the next global batch starts here. It is the whole state of the data.
         tokens: tokens trained on.
+        evaluation: numbers of the evaluation at this step; empty when there was none.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
 
-    def to_meta(self) -> dict[str, int]:
+    def to_meta(self) -> dict[str, Any]:
         """As stored in a checkpoint."""
         return asdict(self)
 

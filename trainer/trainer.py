@@ -132,6 +132,7 @@ class Trainer:
                 norm = self.engine.local_grad_norm()
             self.engine.finish_micro_step()
         self.progress.step += 1
+        self.progress.evaluation = {}
         self.progress.samples += self.batch.global_batch_size
         self.progress.tokens += self._tokens_per_step
         window.steps += 1
@@ -235,7 +236,7 @@ class Trainer:
         numbers = evaluate(
             self.engine.ds, self.task, samples=samples, micro_batch_size=self.batch.micro_batch_size, device=self.device
         )
-        self.outcome.evaluation = numbers
+        self.outcome.evaluation = self.progress.evaluation = numbers
         record = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,

@@ -191,10 +191,12 @@ def model_digest(engine: Any) -> dict[str, str]:
 def manager(directory: Any, **options: Any) -> Any:
     """A CheckpointManager whose events are kept in `.events`."""
     from anyshard.trainer.checkpoint.manager import CheckpointManager
+    from anyshard.trainer.checkpoint.retention import Retention
 
     events: list[tuple[str, dict[str, Any]]] = []
     group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    arguments = {"keep": 3, "verify": True, "timeout_s": 30.0, **options}
+    options["stay"] = Retention(options.pop("keep", 3))
+    arguments = {"verify": True, "timeout_s": 30.0, **options}
     made = CheckpointManager(directory, group=group, event=lambda kind, **details: events.append((kind, details)), **arguments)
     made.events = events  # type: ignore[attr-defined]
     return made

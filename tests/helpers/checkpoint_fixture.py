@@ -39,6 +39,7 @@ def write(directory: str) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     from anyshard.trainer.checkpoint.manager import CheckpointManager
+    from anyshard.trainer.checkpoint.retention import Retention
 
     model = Net()
     groups = [
@@ -66,7 +67,11 @@ def write(directory: str) -> dict[str, Any]:
     expected["scale"] = {"param": model.scale.tolist()}
     expected["count"] = {"buffer": model.count.tolist()}
     manager = CheckpointManager(
-        Path(directory), keep=0, verify=True, group=dist.new_group(backend="gloo"), event=lambda kind, **details: None
+        Path(directory),
+        stay=Retention(0),
+        verify=True,
+        group=dist.new_group(backend="gloo"),
+        event=lambda kind, **details: None,
     )
     manager.save(engine, step=3, meta={"tokens": 15}, rank_meta={"rank": dist.get_rank()})
     return expected

@@ -73,7 +73,7 @@ class CheckpointManager:
     """The checkpoints of one directory.
 
     Args:
-        keep: newest committed checkpoints that stay; 0 keeps all.
+        stay: which checkpoints stay.
         verify: check every byte that is read on restore against its checksum.
         group: gloo process group of all ranks that nothing else uses; None for a single process.
         event: called on rank 0 as `event(kind, **details)`, from any thread: save_begin, snapshot, persisted, commit,
@@ -87,7 +87,7 @@ class CheckpointManager:
         self,
         directory: Path,
         *,
-        keep: int,
+        stay: retention.Retention,
         verify: bool,
         group: dist.ProcessGroup | None,
         event: Callable[..., None],
@@ -101,7 +101,7 @@ class CheckpointManager:
         self._event = event if self._ranks.rank == 0 else _no_event
         self._saver = Saver(
             self.directory,
-            keep=keep,
+            stay=stay,
             ranks=self._ranks,
             event=self._event,
             staging_bytes=staging_bytes,

@@ -35,11 +35,11 @@ class Protocol:
     """Saves to one directory.
 
     Args:
-        keep: newest committed checkpoints that stay; 0 keeps all.
+        stay: which of them stay.
     """
 
     directory: Path
-    keep: int
+    stay: retention.Retention
     ranks: Exchange
     faults: Faults
 
@@ -106,7 +106,7 @@ class Protocol:
         try:
             (final / retention.LEASE).unlink()
             replace_durably(self.directory / LATEST, f"{final.name}\n".encode())
-            retention.retain(self.directory, self.keep)
+            retention.retain(self.directory, self.stay)
             retention.collect(self.directory)
         except OSError as error:  # the checkpoint exists: nothing here may undo that
             logger.warning("after the save of %s: %s", final.name, error)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from anyshard.trainer.checkpoint.catalog import Found, list_checkpoints
+from anyshard.trainer.checkpoint.catalog import Found, list_checkpoints, read_commit
 from anyshard.trainer.checkpoint.storage import sync_directory
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,23 @@ FOREIGN_LEASE_S = 24 * 3600.0
 """A lease of another host cannot be checked from here: its directory goes when it is older than any save."""
 YOUNG_S = 60.0
 """A temporary directory without a readable lease may be about to get one."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run stay.
+
+    Attributes:
+        keep: newest sound ones; 0: all.
+        keep_every: sound ones whose step is a multiple of this stay as well; 0: none do.
+        best_metric: the sound one with the best value of this number of the evaluation stays as well; None: none does.
+        best_is_highest: whether the highest value is the best.
+    """
+
+    keep: int
+    keep_every: int = 0
+    best_metric: str | None = None
+    best_is_highest: bool = False
 
 
 def sibling(path: Path, kind: str) -> Path:
@@ -95,20 +114,32 @@ def collect(directory: Path) -> list[str]:
     return done
 
 
-def plan_removal(found: Sequence[Found], keep: int, keep_every: int = 0) -> list[Path]:
+def best_of(found: Sequence[Found], metric: str, *, highest: bool) -> Path | None:
+    """The sound checkpoint whose evaluation gave the best finite value, the newest of equals; None when there is none."""
+    scores = []
+    for each in found:
+        if each.problem is None:
+            value = read_commit(each.path).meta.get("evaluation", {}).get(metric)
+            if isinstance(value, int | float) and math.isfinite(value):
+                scores.append((value if highest else -value, each.step, each.path))
+    return max(scores)[2] if scores else None
+
+
+def plan_removal(found: Sequence[Found], keep: int, keep_every: int = 0, best: Path | None = None) -> list[Path]:
     """Checkpoints to remove so that the `keep` newest sound ones stay; 0 keeps all.
 
     A damaged one does not count, and goes once it is older than all that stay. While there is a sound one, one stays.
 
     Args:
         keep_every: sound ones whose step is a multiple of this stay as well; 0: none do.
+        best: one more that stays.
     """
     newest_first = sorted(found, key=lambda each: each.step, reverse=True)
     sound = [each for each in newest_first if each.problem is None]
     if not keep or len(sound) <= keep:
         return []
     oldest_kept = sound[keep - 1].step
-    older = [each for each in newest_first if each.step < oldest_kept]
+    older = [each for each in newest_first if each.step < oldest_kept and each.path != best]
     return [each.path for each in older if each.problem is not None or not keep_every or each.step % keep_every]
 
 
@@ -128,10 +159,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def retain(directory: Path, keep: int) -> list[str]:
+def retain(directory: Path, rule: Retention) -> list[str]:
     """Apply `plan_removal`; returns the names removed. A failure is logged: it must not end a run."""
-    removed = []
-    for path in plan_removal(list_checkpoints(directory), keep):
+    removed, found = [], list_checkpoints(directory)
+    best = None
+    if rule.best_metric is not None:
+        best = best_of(found, rule.best_metric, highest=rule.best_is_highest)
+    for path in plan_removal(found, rule.keep, rule.keep_every, best):
         try:
             remove(path)
             removed.append(path.name)

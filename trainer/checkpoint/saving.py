@@ -27,6 +27,7 @@ from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
 from anyshard.trainer.checkpoint.manifest import Commit
 from anyshard.trainer.checkpoint.protocol import Protocol
+from anyshard.trainer.checkpoint.retention import Retention
 from anyshard.trainer.checkpoint.snapshot import Snapshot, UpdateGuard
 from anyshard.trainer.checkpoint.staging import MIN_BLOCKS, StagingPool, blocks_for, free_host_bytes, max_blocks
 from anyshard.trainer.checkpoint.throttle import Throttle
@@ -109,6 +110,7 @@ class Saver:
     """Saves to one directory. Its methods are called by the training thread, at the same steps on every rank.
 
     Args:
+        stay: which checkpoints stay.
         event: called on rank 0, from any thread: save_begin, snapshot, persisted, commit, save_failed.
         staging_bytes: bound on the host memory of this rank's snapshots; None takes what fits.
         bytes_per_s: bound on the rate of this rank's writing; None for none.
@@ -121,7 +123,7 @@ class Saver:
         self,
         directory: Path,
         *,
-        keep: int,
+        stay: Retention,
         ranks: Exchange,
         event: Callable[..., None],
         staging_bytes: int | None,
@@ -129,7 +131,7 @@ class Saver:
         faults: Faults,
     ) -> None:
         self.guard = UpdateGuard()
-        self._protocol = Protocol(directory, keep, ranks, faults)
+        self._protocol = Protocol(directory, stay, ranks, faults)
         self._ranks, self._event, self._faults = ranks, event, faults
         self._staging_bytes = staging_bytes
         self._throttle = Throttle(bytes_per_s)

@@ -29,4 +29,9 @@ def test_seeds_depend_on_every_part():
 
 
 def test_progress_is_plain_json():
-    assert Progress(step=3, samples=96, tokens=49152).to_meta() == {"step": 3, "samples": 96, "tokens": 49152}
+    assert Progress(step=3, samples=96, tokens=49152, evaluation={"loss": 2.5}).to_meta() == {
+        "step": 3,
+        "samples": 96,
+        "tokens": 49152,
+        "evaluation": {"loss": 2.5},
+    }

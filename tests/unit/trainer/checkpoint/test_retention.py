@@ -1,6 +1,7 @@
 """What stays and what goes; a state machine of saves, failures, damage, crashes and clean-ups."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -18,7 +19,9 @@ from anyshard.trainer.checkpoint.retention import (
     FOREIGN_LEASE_S,
     LEASE,
     YOUNG_S,
+    Retention,
     being_written,
+    best_of,
     boot_id,
     collect,
     lease,
@@ -55,6 +58,29 @@ def test_multiples_of_keep_every_stay_when_they_are_sound(sound_by_step: dict[in
     found = [Found(Path(str(step)), step, None if sound else "damaged") for step, sound in sound_by_step.items()]
     fewer, all_ = ({int(path.name) for path in plan_removal(found, keep, every)} for every in (keep_every, 0))
     assert fewer == {step for step in all_ if step % keep_every or not sound_by_step[step]}
+
+
+def test_the_best_stays_and_damage_or_no_evaluation_does_not_count(tmp_path: Path) -> None:
+    losses = {1: 2.5, 2: 1.5, 3: math.nan, 4: None, 5: 1.75, 6: 1.0, 7: 2.0}
+    for step, loss in losses.items():
+        meta = {} if loss is None else {"evaluation": {"loss": loss}}
+        write_checkpoint(tmp_path, VALUES, step=step, world_size=1, meta=meta)
+    (tmp_path / checkpoint_name(6) / "rank-00000.bin").write_bytes(b"")
+    found = list_checkpoints(tmp_path)
+    assert best_of(found, "loss", highest=False) == tmp_path / checkpoint_name(2)
+    assert best_of(found, "loss", highest=True) == tmp_path / checkpoint_name(1)
+    assert best_of(found, "accuracy", highest=True) is None
+    retain(tmp_path, Retention(1, best_metric="loss"))
+    assert [each.step for each in list_checkpoints(tmp_path)] == [7, 2]
+    retain(tmp_path, Retention(1, best_metric="loss", best_is_highest=True))
+    assert [each.step for each in list_checkpoints(tmp_path)] == [7]
+
+
+def test_keep_every_and_the_best_stay_together(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        write_checkpoint(tmp_path, VALUES, step=step, world_size=1, meta={"evaluation": {"loss": abs(step - 2)}})
+    retain(tmp_path, Retention(2, keep_every=4, best_metric="loss"))
+    assert [each.step for each in list_checkpoints(tmp_path)] == [7, 6, 4, 2]
 
 
 def test_what_is_being_written(tmp_path: Path) -> None:
@@ -165,7 +191,7 @@ def test_a_removal_that_fails_is_only_said(
         raise OSError(13, "Permission denied")
 
     monkeypatch.setattr("anyshard.trainer.checkpoint.retention.remove", fail)
-    assert retain(tmp_path, 1) == []
+    assert retain(tmp_path, Retention(1)) == []
     assert "could not be removed" in caplog.text
 
 

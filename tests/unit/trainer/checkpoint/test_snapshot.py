@@ -21,7 +21,7 @@ BLOCK = 8192
 
 def fragment(value: torch.Tensor, owner: torch.Tensor | None = None, name: str = "w") -> Fragment:
     dtype = str(value.dtype).removeprefix("torch.")
-    return Fragment(Tensor(name, "param", dtype, tuple(value.shape)), 0, value.view(-1), False, owner)
+    return Fragment(Tensor(name, "param", dtype, tuple(value.shape)), 0, value.view(-1), False, owner=owner)
 
 
 def nothing() -> None:

@@ -171,7 +171,9 @@ class Offload:
     optimizer: Device = key(Device.none, "Where fp32 masters and optimizer states live.")
     param: Device = key(Device.none, "Where parameters live between uses (stage 3).")
     nvme_path: Optional[str] = key(None, "Folder on NVMe, one sub-folder a run and rank.")
-    ratio: float = key(1.0, "Share of the optimizer state that is offloaded (stage 3).", gt=0.0, le=1.0)
+    ratio: float = key(
+        1.0, "Share of the optimizer state that is offloaded; less than all is refused in this version.", gt=0.0, le=1.0
+    )
     pin_memory: bool = key(True, "Page-lock host buffers; has no effect on a machine without accelerator.")
 
 

@@ -19,7 +19,7 @@ def test_a_step_on_the_device_waits_for_the_copy() -> None:
     optimizer = torch.optim.SGD(weights, lr=1.0)
     pool, guard = StagingPool(32, pinned=True), UpdateGuard()
     fragments = [
-        Fragment(Tensor(str(number), "param", "float32", (20_000_000,)), 0, weight.detach().view(-1), False, weight)
+        Fragment(Tensor(str(number), "param", "float32", (20_000_000,)), 0, weight.detach().view(-1), False, owner=weight)
         for number, weight in enumerate(weights)
     ]
     for _ in range(3):

@@ -53,15 +53,6 @@ def capture(engine: Any, *, step: int, meta: dict[str, Any], rank_meta: dict[str
     return Captured(mine, scalars, _frozen(rank_meta), commit)
 
 
-def steppers(engine: Any) -> list[torch.optim.Optimizer]:
-    """Every optimizer that changes the state of this engine.
-
-    Source: deepspeed 0.19.8 runtime/zero/stage3.py, `backup_optimizer`: steps the part that offload.ratio leaves on the device.
-    """
-    backup = getattr(engine.optimizer, "backup_optimizer", None)
-    return [layout.inner_optimizer(engine), *([backup] if isinstance(backup, torch.optim.Optimizer) else [])]
-
-
 def _frozen(meta: dict[str, Any]) -> dict[str, Any]:
     """A copy that the loop cannot change any more; raises TypeError for what is not JSON."""
     copy: dict[str, Any] = json.loads(json.dumps(meta))

@@ -22,7 +22,7 @@ from typing import Any
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint import layout, optimizers
-from anyshard.trainer.checkpoint.capture import Captured, capture, steppers
+from anyshard.trainer.checkpoint.capture import Captured, capture
 from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
 from anyshard.trainer.checkpoint.manifest import Commit
@@ -158,7 +158,7 @@ class Saver:
         try:
             save.captured = capture(engine, step=step, meta=meta, rank_meta=rank_meta, rank=rank, world_size=world_size)
             save.snapshot = Snapshot(save.captured.fragments, self._pool_for(save.captured.fragments, small), CHUNK_BYTES)
-            self.guard.protect(save.snapshot, steppers(engine))
+            self.guard.protect(save.snapshot, [layout.inner_optimizer(engine)])
         except Exception as error:  # the other ranks must hear of it, or they would wait
             save.refused = error
         self._unfinished.append(save)

@@ -32,7 +32,7 @@ MAX_CHUNK_BYTES = 64 * 2**20  # a reader holds one chunk in memory, so a manifes
 MAX_NUMEL = 2**48
 MAX_DIMS = 32
 MAX_NAME_CHARS = 1024
-DIGEST_CHARS = 32
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -275,7 +275,8 @@ def parse_manifest(data: bytes, where: str, rank: int) -> Manifest:
         raise CheckpointError(f"{where}: this is not the manifest of rank {rank} with the data file {data_name(rank)}.")
     num_bytes = fields.integer("nbytes", 2**62)
     tensors = [_parse_tensor(row, where) for row in fields.get("tensors", list)]
-    chunks = [_parse_chunk(row, tensors, data_name(rank), where) for row in fields.get("chunks", list)]
+    boxes = _Boxes(tensors, where)
+    chunks = [_parse_chunk(row, boxes, data_name(rank), where) for row in fields.get("chunks", list)]
     end = 0
     for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
         if chunk.offset < end:
@@ -297,14 +298,27 @@ def _parse_tensor(row: Any, where: str) -> Tensor:
     return Tensor(fields.name("name"), fields.name("key"), dtype, shape)
 
 
-def _parse_chunk(row: Any, tensors: list[Tensor], file: str, where: str) -> Chunk:
+class _Boxes:
+    """The boxes of the tensors of a manifest, each checked once: a shard has as many chunks as it has pieces of 16 MiB."""
+
+    def __init__(self, tensors: list[Tensor], where: str) -> None:
+        self.tensors, self._where = tensors, where
+        self._last: tuple[int, Any, Box] | None = None
+
+    def of(self, number: int, row: Any) -> Box:
+        if self._last is None or self._last[:2] != (number, row):
+            tensor = self.tensors[number]
+            self._last = (number, row, full_box(tensor.shape) if row is None else _parse_box(row, tensor, self._where))
+        return self._last[2]
+
+
+def _parse_chunk(row: Any, boxes: _Boxes, file: str, where: str) -> Chunk:
     row = _row(row, ("tensor", "box", "start", "numel", "offset", "nbytes", "digest"), where)
     fields = _Fields(row, where)
     number = fields.integer("tensor", 2**31)
-    if number >= len(tensors):
-        raise CheckpointError(f"{where}: a chunk names tensor {number} of {len(tensors)}.")
-    tensor = tensors[number]
-    box = full_box(tensor.shape) if row["box"] is None else _parse_box(row["box"], tensor, where)
+    if number >= len(boxes.tensors):
+        raise CheckpointError(f"{where}: a chunk names tensor {number} of {len(boxes.tensors)}.")
+    tensor, box = boxes.tensors[number], boxes.of(number, row["box"])
     chunk = Chunk(
         tensor,
         box,
@@ -388,7 +402,7 @@ class _Fields:
 
     def digest(self, key: str) -> str:
         value = self.get(key, str)
-        if not re.fullmatch(r"[0-9a-f]{32}", value):
+        if not _DIGEST.fullmatch(value):
             raise CheckpointError(f"{self.where}: {key}={_short(value)} is not an xxh3-128 digest.")
         return value
 

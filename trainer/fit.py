@@ -208,6 +208,8 @@ def _train(
     seed_everything(config.seed, "train", rank.env.rank)
     restored = _restore(config, manager, engine, progress, callbacks, rank, reporter, data_fingerprint)
 
+    model = describe_model(engine.ds.module)
+
     def meta(progress: Progress, callback_state: dict[str, Any]) -> dict[str, Any]:
         return {
             **progress.to_meta(),
@@ -216,7 +218,7 @@ def _train(
             "global_batch_size": batch.global_batch_size,
             "optimizer": dataclasses.asdict(config.optimizer),
             "callbacks": callback_state,
-            "model": describe_model(engine.ds.module),
+            "model": model,
         }
 
     def warn(text: str) -> None:

@@ -111,9 +111,9 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def tied_names(module: nn.Module) -> dict[str, str]:
     """Other name -> canonical name of parameters that a model uses more than once."""
-    canonical = {id(param): name for name, param in module.named_parameters()}
+    first: dict[int, str] = {}
     every = module.named_parameters(remove_duplicate=False)
-    return {name: canonical[id(param)] for name, param in every if canonical[id(param)] != name}
+    return {name: known for name, param in every if (known := first.setdefault(id(param), name)) != name}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

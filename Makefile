@@ -11,6 +11,8 @@ STAGE := tools/stage
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+# what is tested is this checkout
+unexport PYTHONPATH
 
 APART := dist or e2e or gpu
 

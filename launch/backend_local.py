@@ -106,14 +106,14 @@ def _watch(process: subprocess.Popen[bytes], logs: Path, errors: Path, *, report
         if len(wishes) >= 3:
             _kill(process)
             return
-        if len(wishes) == 2:
-            print("still saving; press once more to end without", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            if len(wishes) == 2:
+                print("still saving; press once more to end without", file=sys.stderr)
         for rank in _ranks(process):
-            rank.send_signal(signum)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signum)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    previous = {number: signal.signal(number, forward) for number in signals_of_people()}
     failed_at: float | None = None
     try:
         while process.poll() is None:
@@ -122,12 +122,21 @@ def _watch(process: subprocess.Popen[bytes], logs: Path, errors: Path, *, report
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
                 _kill(process)
+        if len(wishes) >= 3:
+            print("ended without a save, as asked", file=sys.stderr)
+            return EXIT_FAILED
         report = (logs / "launcher.log").read_bytes()[report_from:].decode(errors="replace")
         return _conclude(process.returncode, logs, errors, wished=bool(wishes), report=report)
     finally:
         _kill(process)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def signals_of_people() -> list[signal.Signals]:
+    """The signals that ask for a stop; a hang-up is none under nohup."""
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    return asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*asked, signal.SIGHUP]
 
 
 def _ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -145,7 +154,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     except psutil.NoSuchProcess:
         children = []
     for child in children:
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     if process.poll() is None:
         process.kill()
         process.wait()

@@ -22,6 +22,7 @@ from anyshard.launch.inputs import check_inputs
 from anyshard.launch.plan import Plan, plan
 from anyshard.launch.runs import read_events
 from anyshard.launch.spec import build_spec
+from anyshard.offload.op_cache import remove_stale_locks
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
 
 
@@ -51,6 +52,10 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
         planned.show()
         print(backend.render(spec).text())
         return EXIT_DONE
+    if not planned.fits:
+        print("WARNING: by the plan this does not fit the memory here; 'anyshard plan' has the numbers", file=sys.stderr)
+    for lock in remove_stale_locks():
+        print(f"removed {lock}, left by a build that was killed: ranks would wait for it for ever", file=sys.stderr)
     freeze(config, overrides, planned, run_dir)
     sys.stdout.flush()
     code = int(backend.submit(spec))
@@ -90,7 +95,8 @@ def sweep(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -
     worst = EXIT_DONE
     for number, (job, config) in enumerate(zip(jobs, configs, strict=True)):
         print(f"run {number + 1} of {len(jobs)}: {' '.join(job[1:])}", flush=True)
-        worst = worst or start(config, job, dry_run=dry_run)
+        code = start(config, job, dry_run=dry_run)
+        worst = worst or code
     return worst
 
 
@@ -110,5 +116,6 @@ def resume(run_dir: Path, overrides: Sequence[str], *, force: bool, dry_run: boo
     """
     config = override_frozen(run_dir, overrides, force=force)
     if not dry_run:
+        check_free(run_dir)  # a live run's STOP is its own
         (run_dir / "STOP").unlink(missing_ok=True)
     return start(config, overrides, dry_run=dry_run, force=force)

@@ -3,13 +3,17 @@
 # Arguments are further overrides. Exits with the run's own code.
 set -euo pipefail
 run="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+say() { if [ -t 1 ]; then printf '\n\033[1m== %s\033[0m\n' "$*"; else printf '\n== %s\n' "$*"; fi; }
 
 if grep -qw -e amx_bf16 -e avx512_bf16 /proc/cpuinfo || command -v nvidia-smi >/dev/null; then
   set -- precision=bf16 "$@" # this hardware multiplies bf16 faster than fp32, the experiment's own choice
 fi
 
-say "1/4  train on 2 ranks with ZeRO 1, and stop early on purpose: $run"
+if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L | wc -l)" -eq 1 ]; then
+  set -- launch.procs_per_node=1 "$@" # a rank for each GPU
+fi
+
+say "1/4  train with ZeRO 1, and stop early on purpose: $run"
 echo "\$ anyshard train experiment=cpu_quickstart run.dir=$run stop.at_step=240 $*"
 code=0
 anyshard train experiment=cpu_quickstart run.dir="$run" stop.at_step=240 "$@" || code=$?

@@ -24,7 +24,7 @@ from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.configs.run_lock import only_run
 from anyshard.configs.writing import write_file
-from anyshard.offload.op_cache import extensions_dir
+from anyshard.offload.op_cache import op_env, remove_stale_locks
 from anyshard.parallel import comm
 from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
@@ -97,8 +97,10 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     """Meet the other ranks. Collective."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
+    os.environ.update(op_env())
     env = comm.discover(os.environ)
+    if env.local_rank == 0:
+        remove_stale_locks()
     timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
     device = comm.device_of(env)
     if not dist.is_initialized():
@@ -172,10 +174,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
         else:
             task = _fitted(task, ds_config, config)
         engine = build_engine(config, ds_config, task.model, device=rank.device)
-        try:
-            return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
-        finally:
-            reporter.close()
+        return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
 
 
 def _train(
@@ -271,6 +270,8 @@ def _restore(
     """Continue from the checkpoint that `resume` names, if any; returns it. Collective."""
     path = manager.find(config.resume)
     if path is None:
+        if config.resume == "never":
+            _leave_branch(manager, -1, reporter)
         return None
     restored = manager.restore(engine.ds, path)
     meta = restored.meta
@@ -295,7 +296,20 @@ def _restore(
     reporter.say(f"resumed from {path} at step {progress.step} ({saved})")
     for note in notes:
         reporter.say(f"  note: {note}")
+    if config.resume not in ("auto", "must"):
+        _leave_branch(manager, progress.step, reporter)
     return path
+
+
+def _leave_branch(manager: CheckpointManager, step: int, reporter: Reporter) -> None:
+    """A run that was told to go back, or to start anew, must not find its own later checkpoints again. Collective."""
+    aside = manager.set_aside(step)
+    if aside:
+        reporter.event("set_aside", names=aside, folder=str(manager.directory))
+        reporter.say(
+            f"  note: {len(aside)} checkpoints of later steps are set aside as {manager.directory}/step-*.abandoned-*; "
+            "delete them when they are not needed any more"
+        )
 
 
 def _apply_changed_options(engine: Engine, optimizer: schema.Optimizer, saved: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -167,13 +168,24 @@ class Reporter:
 
     def tick(self, step: int) -> None:
         """Move the bar."""
-        if self._on and self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        bar = self._bar if self._on else None
+        if bar is not None:
+            self._show(lambda: bar.update(self._task, completed=step))
 
     def say(self, text: str) -> None:
         """A line for people."""
         if self._on:
-            self.console.print(text, markup=False)
+            self._show(lambda: self.console.print(text, markup=False))
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Write to the console; when nobody is there any more (a closed terminal or pipe), go on without it."""
+        if self.console.quiet:
+            return
+        try:
+            show()
+        except (OSError, SystemExit) as error:  # rich ends the program when a pipe breaks
+            self.console.quiet = True
+            logger.warning("the console cannot be written (%s): metrics.jsonl and the logs go on, and so does training", error)
 
     def step(self, record: dict[str, Any]) -> None:
         """Record a logged step: file, trackers and console."""
@@ -209,7 +221,7 @@ class Reporter:
             return
         self._on = False
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
         self._metrics.close()
         self._events.close()
         for tracker in self._trackers:

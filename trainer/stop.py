@@ -23,7 +23,7 @@ from anyshard.configs import schema
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 AGREE_EVERY_S = 0.1
 """Time between two agreements where steps are shorter: far below what anybody who asks for a stop notices."""
@@ -45,9 +45,10 @@ class Signals:
     received: int | None = None
 
     def install(self) -> None:
-        """Handle TERM, INT, USR1 and USR2 from now on. Main thread only."""
+        """Handle TERM, INT, USR1, USR2 and HUP from now on; under nohup HUP stays ignored. Main thread only."""
         for signum in SIGNALS:
-            signal.signal(signum, self._handle)
+            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
@@ -111,6 +112,11 @@ class StopControl:
         if late:
             return Decision(stop=f"stop.at_s={self.options.at_s:g}")
         return Decision(save=bool(save_file))
+
+    def done(self) -> None:
+        """The run has stopped with its state saved: a STOP file would only end the next start as well."""
+        if self.rank == 0:
+            Path(self._stop_file).unlink(missing_ok=True)
 
     def _wishes(self) -> tuple[int, int, int, int]:
         first = self.rank == 0

@@ -264,9 +264,10 @@ class Trainer:
 
     def _end(self, step: int) -> None:
         if self.outcome.stopped:
-            self.reporter.event("stop", step=step, reason=self.outcome.stopped)
             self.reporter.say(f"stopping after step {step}: {self.outcome.stopped}")
             self.save()
+            self.stops.done()
+            self.reporter.event("stop", step=step, reason=self.outcome.stopped)  # last: it tells that the state is saved
             return
         self.evaluate()
         if self.config.checkpoint.at_end:

@@ -207,6 +207,17 @@ class CheckpointManager:
             )
         return None
 
+    def set_aside(self, after_step: int) -> list[str]:
+        """Rename the checkpoints of later steps than the one that a run goes back to; returns the new names.
+
+        Collective: every rank calls it; it blocks.
+
+        Raises:
+            CheckpointError: one cannot be renamed.
+        """
+        names: list[str] = self._ranks.on_first(lambda: retention.set_aside(self.directory, after_step))
+        return names
+
     def _candidates(self) -> list[str]:
         retention.collect(self.directory)
         return [found.path.name for found in catalog.list_checkpoints(self.directory)]

@@ -6,6 +6,7 @@ Names in a directory of checkpoints:
     step-00000100.tmp-<uuid>         being written; holds LEASE, which says by whom
     step-00000100.replaced-<uuid>    an older checkpoint of a step that is being saved again
     step-00000100.trash-<uuid>       being deleted
+    step-00000100.abandoned-<uuid>   of a branch that its run went back from; nothing here touches it again
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Retention:
 
 
 def sibling(path: Path, kind: str) -> Path:
-    """A new name of the given kind ("tmp", "replaced", "trash") beside a checkpoint."""
+    """A new name of the given kind ("tmp", "replaced", "trash", "abandoned") beside a checkpoint."""
     return path.with_name(f"{path.name}.{kind}-{uuid.uuid4().hex}")
 
 
@@ -151,6 +152,25 @@ def being_written(directory: Path) -> list[Path]:
     return [path for path, match in matches if match is not None and match[2] == "tmp" and not writer_is_dead(path)]
 
 
+def set_aside(directory: Path, after_step: int) -> list[str]:
+    """Rename the checkpoints of later steps, once a run goes back: they are of a branch that it leaves.
+
+    They are not deleted, here or later. Left in place they would be taken for the newest ones.
+
+    Returns:
+        Their new names.
+    """
+    renamed = []
+    for found in list_checkpoints(directory):
+        if found.step > after_step:
+            aside = sibling(found.path, "abandoned")
+            found.path.rename(aside)
+            renamed.append(aside.name)
+    if renamed:
+        sync_directory(directory)
+    return renamed
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint; from the first moment on it is not a checkpoint any more."""
     trash = sibling(path, "trash")
@@ -161,6 +181,8 @@ def remove(path: Path) -> None:
 
 def retain(directory: Path, rule: Retention) -> list[str]:
     """Apply `plan_removal`; returns the names removed. A failure is logged: it must not end a run."""
+    if not rule.keep:
+        return []
     removed, found = [], list_checkpoints(directory)
     best = None
     if rule.best_metric is not None:

@@ -149,6 +149,10 @@ class Saver:
             small: training waits for it anyway, so a few blocks of host memory are enough.
         """
         save = PendingSave(step)
+        if small:
+            self._throttle.lift()
+        else:
+            self._throttle.set()
         while len(self._unfinished) >= MAX_UNFINISHED:
             self._unfinished[0].join()
             self._drop_finished()

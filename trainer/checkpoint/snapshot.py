@@ -223,7 +223,7 @@ class Snapshot:
         with self._changed:
             while self._num_copied < needed and not self._given_up:
                 self._changed.wait()
-        if self._side is not None and needed:
+        if self._side is not None and needed and not self._given_up:
             self._side.hold_up_training()
         self.waited_s += time.perf_counter() - started
 

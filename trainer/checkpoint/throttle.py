@@ -31,6 +31,7 @@ class Throttle:
         self._lifted.set()
 
     def set(self) -> None:
-        """The bound holds again."""
-        self._due_s = 0.0
-        self._lifted.clear()
+        """The bound holds."""
+        if self._lifted.is_set():
+            self._due_s = 0.0
+            self._lifted.clear()

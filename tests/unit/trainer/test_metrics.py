@@ -97,6 +97,22 @@ def test_peak_memory_of_this_process_is_plausible():
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 100
 
 
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_without_a_console_training_goes_on(tmp_path, caplog):
+    with Reporter(tmp_path, rank=0, max_steps=10, trackers=[], stream=Gone()) as reporter:
+        reporter.say("nobody reads this")
+        reporter.step(RECORD)
+    assert "the console cannot be written" in caplog.text
+    assert len(caplog.records) == 1
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 120
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     file = JsonLines(tmp_path / "metrics.jsonl")
     file.write({"step": 1, "train/grad_norm": float("inf"), "train/loss": float("nan"), "perf/step_s": 0.5})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,31 @@ class Scaler(Shell):
     """A loss scaler."""
 
 
-_SHELLS = [
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+
+
+class ZeroStage(int):
+    """`ZeroStageEnum`. Its members are pickled by value, or by name where a library changed how enumerations are pickled."""
+
+
+def _member(owner: object, name: object) -> int:
+    """Takes the place of `getattr`, and looks up nothing but the stages of ZeRO by their names.
+
+    Raises:
+        UnpicklingError: anything else was asked for.
+    """
+    if owner is not ZeroStage or name not in _STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr")
+    return _STAGES[str(name)]
+
+
+_SHELLS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (Scaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (Scaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
+    (_member, "__builtin__.getattr"),
 ]
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 NUMBERS = re.compile(r"(\d+)")

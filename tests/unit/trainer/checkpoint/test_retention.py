@@ -30,6 +30,7 @@ from anyshard.trainer.checkpoint.retention import (
     publish,
     remove,
     retain,
+    set_aside,
     sibling,
     writer_is_dead,
 )
@@ -263,3 +264,14 @@ def test_state_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(Directory, settings=settings(max_examples=25, stateful_step_count=15, deadline=None))
+
+
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    names = set_aside(tmp_path, 10)
+    assert sorted(name.partition(".abandoned-")[0] for name in names) == [checkpoint_name(20), checkpoint_name(30)]
+    assert [each.step for each in list_checkpoints(tmp_path)] == [10]
+    collect(tmp_path)
+    assert all((tmp_path / name / "COMMIT").exists() for name in names), "nothing is deleted"
+    assert set_aside(tmp_path, 10) == set_aside(tmp_path / "nothing", -1) == []

@@ -240,3 +240,24 @@ def test_universal_folders_that_are_refused(tmp_path: Path) -> None:
     (folder / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"no .*model_states.pt beside zero/"):
         open_source(folder)
+
+
+class ByName:
+    """An enumeration member as some libraries have it pickled."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self.owner, self.name))
+
+
+def test_a_stage_that_was_pickled_by_its_name(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "gradients")}, tmp_path / "states.pt")
+    assert foreign.load(tmp_path / "states.pt") == {"zero_stage": 2}
+    for owner, name in ((ZeroStageEnum, "__class__"), ("text", "upper")):
+        torch.save({"zero_stage": ByName(owner, name)}, tmp_path / "hostile.pt")
+        with pytest.raises(CheckpointError, match="refused: it names getattr"):
+            foreign.load(tmp_path / "hostile.pt")

@@ -105,7 +105,7 @@ def test_a_model_by_path_too_small_for_the_data(tmp_path):
     said = refused(
         tmp_path, *SMOKE, "model=hf", "model.path=model", "data.sequence_length=16", "data.tokenizer=./tokenizer.json"
     )
-    assert "data.tokenizer=./tokenizer.json: the tokenizer has 401 ids, the model " in said
+    assert f"data.tokenizer={tmp_path}/tokenizer.json: the tokenizer has 401 ids, the model " in said
     assert "vocabulary of 300" in said
     assert "model.config.vocab_size=401" in said
 

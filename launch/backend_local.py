@@ -1,7 +1,8 @@
 """`launch=local`: torchrun on this host, with its ranks watched, signalled and ended together.
 
 torchrun's own report of a failed rank is kept in logs/launcher.log; people see the first failing rank's error and
-nothing above it. Signals go to the ranks directly, since torchrun would kill them after 30 s, save or no save.
+nothing above it. Signals go to the ranks directly, since torchrun would kill them after 30 s, save or no save. When
+torchrun or this process is killed the kernel sends TERM to the ranks, which save and end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +24,11 @@ from typing import Any
 import psutil
 
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, ConfigError, EnvError, Problem
+from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.writing import writing
-from anyshard.launch.env import is_port_free
+from anyshard.launch.env import find_hardware, is_port_free
 from anyshard.launch.spec import LaunchSpec, Rendered
+from anyshard.parallel.parent import signal_when_parent_dies
 
 KILLED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*(-\d+)")
 """Ranks that died by a signal, in torchrun's report (torch/distributed/elastic/multiprocessing/errors/__init__.py)."""
@@ -53,16 +57,21 @@ class LocalBackend:
         return Rendered(argv, spec.env)
 
     def check(self, spec: LaunchSpec) -> None:
-        """One node, and a free port.
+        """One node, a GPU for each rank where there are any, and a free port.
 
         Raises:
-            ConfigError: more than this node is asked for.
+            ConfigError: more than this node, or more than its GPUs, is asked for.
             EnvError: the port is taken.
         """
         if spec.nodes > 1:
             why = "launch=local starts the ranks of this node alone."
             fix = "Start 'torchrun ... -m anyshard.trainer.run' on every node (README, On a cluster), or set launch.nodes=1."
             raise ConfigError(Problem("launch.nodes", spec.nodes, why, fix))
+        num_gpus = find_hardware().num_gpus
+        if 0 < num_gpus < spec.procs_per_node:
+            why = f"each rank needs a GPU of its own, and {num_gpus} can be used here."
+            fix = f"Set it to {num_gpus} or auto, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
+            raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
         if spec.port is not None and not is_port_free(spec.port):
             raise EnvError(
                 f"launch.port={spec.port}: something listens on this port already. "
@@ -86,49 +95,101 @@ class LocalBackend:
             with writing(spec.run_dir):
                 logs.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context((logs / "launcher.log").open("ab"))
-            env = {**os.environ, **rendered.env, "ANYSHARD_ERRORS": errors}
+            env = {**os.environ, **rendered.env, "ANYSHARD_ERRORS": errors, LAUNCHER_VARIABLE: str(os.getpid())}
             # a session of its own: Ctrl-C reaches this process alone, which passes it on
-            process = subprocess.Popen(rendered.argv, env=env, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                rendered.argv,
+                env=env,
+                stderr=log,
+                start_new_session=True,
+                # KILL: on TERM torchrun would kill the ranks after 30 s; on its death they save and end
+                preexec_fn=partial(signal_when_parent_dies, signal.SIGKILL, os.getpid()),
+            )
             return _watch(process, logs, Path(errors), report_from=log.tell())
 
 
+class _Tree:
+    """torchrun and its ranks, remembered, so that they are found when torchrun is gone."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.torchrun = process
+        self._ranks: list[psutil.Process] = []
+        self._looked_at = 0.0
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks that live; torchrun itself before it has started any."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.torchrun.pid)
+            self._ranks = parent.children() or self._ranks or [parent]
+        return [rank for rank in self._ranks if _runs(rank)]
+
+    def lives(self) -> bool:
+        """Whether any of it does. Looks for new ranks once a second."""
+        if self.torchrun.poll() is not None:
+            return bool(self.ranks())
+        if time.monotonic() - self._looked_at > 1:
+            self._looked_at = time.monotonic()
+            self.ranks()
+        return True
+
+    def kill(self) -> None:
+        """End torchrun and every process under it."""
+        family = self.ranks()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += psutil.Process(self.torchrun.pid).children(recursive=True)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        if self.torchrun.poll() is None:
+            self.torchrun.kill()
+            self.torchrun.wait()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _watch(process: subprocess.Popen[bytes], logs: Path, errors: Path, *, report_from: int) -> int:
-    """Wait for torchrun, passing signals on; returns the run's exit code.
+    """Wait for torchrun and its ranks, passing signals on; returns the run's exit code.
 
     Args:
         errors: where failing ranks write why.
         report_from: offset in launcher.log where this attempt begins.
     """
     wishes: list[int] = []
+    tree = _Tree(process)
 
     def forward(signum: int, frame: FrameType | None) -> None:
         wishes.append(signum)
         if len(wishes) >= 3:
-            _kill(process)
+            tree.kill()
             return
         with contextlib.suppress(OSError):  # the terminal may be gone
             if len(wishes) == 2:
                 print("still saving; press once more to end without", file=sys.stderr)
-        for rank in _ranks(process):
+        for rank in tree.ranks():
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signum)
 
     previous = {number: signal.signal(number, forward) for number in signals_of_people()}
     failed_at: float | None = None
     try:
-        while process.poll() is None:
+        while tree.lives():
             time.sleep(0.05)
             if failed_at is None and any(errors.glob("*.json")):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
-                _kill(process)
+                tree.kill()
         if len(wishes) >= 3:
             print("ended without a save, as asked", file=sys.stderr)
             return EXIT_FAILED
         report = (logs / "launcher.log").read_bytes()[report_from:].decode(errors="replace")
         return _conclude(process.returncode, logs, errors, wished=bool(wishes), report=report)
     finally:
-        _kill(process)
+        tree.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -137,28 +198,6 @@ def signals_of_people() -> list[signal.Signals]:
     """The signals that ask for a stop; a hang-up is none under nohup."""
     asked = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     return asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*asked, signal.SIGHUP]
-
-
-def _ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        children = psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
-    return children or [psutil.Process(process.pid)]
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun and every rank under it."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    if process.poll() is None:
-        process.kill()
-        process.wait()
 
 
 def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report: str) -> int:
@@ -190,7 +229,9 @@ def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report
         name = signal.Signals(-code).name
         hint = " (the kernel does that when memory runs out: see dmesg)" if name == "SIGKILL" else ""
         print(f"rank {rank} was ended by {name}{hint}; its log: {logs}/rank{rank:05d}.log", file=sys.stderr)
-    if not killed:
+    if returncode < 0:
+        print(f"torchrun was ended by {signal.Signals(-returncode).name}; its log: {logs}/launcher.log", file=sys.stderr)
+    elif not killed:
         print(f"the ranks ended without a word; see {logs}/launcher.log", file=sys.stderr)
     return EXIT_FAILED
 

@@ -41,12 +41,26 @@ def _find_gpus() -> tuple[list[str], list[float]]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return [], []  # no driver on this host
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        handles = handles[: len([part for part in visible.split(",") if part.strip()])]
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in _visible(pynvml.nvmlDeviceGetCount())]
     names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
     return names, [pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+
+
+def _visible(count: int) -> list[int]:
+    """Indices of the GPUs that CUDA shows: those that CUDA_VISIBLE_DEVICES lists up to the first that is none.
+
+    A GPU that is named there by its UUID counts; which one it is matters to nobody here.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return list(range(count))
+    found: list[int] = []
+    for part in (part.strip() for part in listed.split(",")):
+        index = int(part) if part.isdecimal() else len(found) if part.startswith(("GPU-", "MIG-")) else -1
+        if not 0 <= index < count:
+            break
+        found.append(index)
+    return found
 
 
 def is_port_free(port: int) -> bool:

@@ -14,7 +14,7 @@ from anyshard.configs.compose import sweep as sweep_jobs
 from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
 from anyshard.configs.registry import lookup
 from anyshard.configs.resume import override_frozen
-from anyshard.configs.run_lock import check_free
+from anyshard.configs.run_lock import START_LOCK, check_free, only_run
 from anyshard.configs.world import resolve_world
 from anyshard.configs.writing import write_file
 from anyshard.launch.env import find_hardware
@@ -56,9 +56,12 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
         print("WARNING: by the plan this does not fit the memory here; 'anyshard plan' has the numbers", file=sys.stderr)
     for lock in remove_stale_locks():
         print(f"removed {lock}, left by a build that was killed: ranks would wait for it for ever", file=sys.stderr)
-    freeze(config, overrides, planned, run_dir)
-    sys.stdout.flush()
-    code = int(backend.submit(spec))
+    with only_run(run_dir, START_LOCK, wait_s=0):
+        check_free(run_dir)
+        frozen.check_run_dir(config, run_dir, force=force)  # again: another start may have been faster
+        freeze(config, overrides, planned, run_dir)
+        sys.stdout.flush()
+        code = int(backend.submit(spec))
     if code != EXIT_DONE:
         print(_how_to_go_on(config, run_dir, code), file=sys.stderr)
     return code

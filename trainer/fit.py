@@ -22,7 +22,7 @@ import torch.distributed as dist
 from anyshard.configs import frozen, rules, schema, world
 from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
-from anyshard.configs.run_lock import only_run
+from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
 from anyshard.offload.op_cache import op_env, remove_stale_locks
 from anyshard.parallel import comm
@@ -141,11 +141,13 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack) -> sc
     config = world.resolve_ranks(config, nodes=nodes, procs_per_node=procs)
     rules.require(config)
     run_dir = frozen.run_dir_of(config)
-    frozen.check_run_dir(config, run_dir)
-    batch = plan_batch(config.train, rank.env.world_size)
-    held.enter_context(only_run(run_dir))
-    frozen.freeze(config, [], run_dir)
-    write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
+    launched = LAUNCHER_VARIABLE in os.environ
+    with contextlib.nullcontext() if launched else only_run(run_dir, START_LOCK):
+        frozen.check_run_dir(config, run_dir)
+        batch = plan_batch(config.train, rank.env.world_size)
+        held.enter_context(only_run(run_dir))
+        frozen.freeze(config, [], run_dir)
+        write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
     return config
 
 

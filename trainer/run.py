@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from anyshard.configs import schema
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, AnyshardError, ConfigError
 from anyshard.configs.frozen import load_frozen
 from anyshard.configs.writing import writing
+from anyshard.parallel.parent import signal_when_parent_dies
 from anyshard.trainer.stop import Interrupted, Signals
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ def main(argv: list[str]) -> int:
     """Run this rank; returns its exit code."""
     signals = Signals()
     signals.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that is killed cannot end its ranks
+        signal_when_parent_dies(signal.SIGTERM)
     stderr = os.dup(2)
     redirected = False
     try:

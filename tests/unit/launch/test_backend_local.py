@@ -1,3 +1,4 @@
+import contextlib
 import json
 import socket
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from anyshard.configs.errors import ConfigError, EnvError
 from anyshard.launch import backend_local
 from anyshard.launch.backend_local import LocalBackend
+from anyshard.launch.env import Hardware
 from anyshard.launch.spec import LaunchSpec
 
 SPEC = LaunchSpec(
@@ -25,6 +27,20 @@ def test_render_is_torchrun():
 def test_several_nodes_are_another_launchers_work():
     with pytest.raises(ConfigError, match=r"launch\.nodes=2: .*torchrun"):
         LocalBackend().check(LaunchSpec(**{**SPEC.__dict__, "nodes": 2}))
+
+
+@pytest.mark.parametrize(("num_gpus", "refused"), [(0, False), (1, True), (2, False), (8, False)])
+def test_each_rank_has_a_gpu_where_there_are_any(monkeypatch, num_gpus, refused):
+    hardware = Hardware(num_gpus=num_gpus, gpu_name=None, gpu_memory_gib=None, host_memory_gib=24.0, num_cores=8)
+    monkeypatch.setattr(backend_local, "find_hardware", lambda: hardware)
+    told = r"launch\.procs_per_node=2: .*1 can be used here\. Set it to 1 or auto"
+    with pytest.raises(ConfigError, match=told) if refused else contextlib.nullcontext():
+        LocalBackend().check(SPEC)
+
+
+def test_a_killed_torchrun_is_named(tmp_path, capsys):
+    assert conclude(tmp_path, -9) == 1
+    assert "torchrun was ended by SIGKILL" in capsys.readouterr().err
 
 
 def test_a_port_of_ones_own():

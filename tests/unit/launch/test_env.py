@@ -26,7 +26,10 @@ def test_a_host_without_driver_has_no_gpus(monkeypatch):
     assert hardware.host_memory_gib > 0.5
 
 
-@pytest.mark.parametrize(("visible", "count"), [(None, 4), ("0,2", 2), ("", 0)])
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 4), ("0,2", 2), ("", 0), ("-1", 0), ("1,-1,2", 1), ("7", 0), ("GPU-8f1c,GPU-77aa", 2)],
+)
 def test_visible_gpus_are_counted(monkeypatch, visible, count):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 4)

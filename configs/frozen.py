@@ -94,6 +94,18 @@ def checkpoint_dir_of(config: Config) -> Path:
     return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir_of(config) / "checkpoints"
 
 
+def checkpoint_dir_in(run_dir: Path) -> Path:
+    """The folder of the checkpoints of the run in this directory, which may be elsewhere (`checkpoint.dir`).
+
+    A run directory that was moved, or whose configuration cannot be read, has them where they are by default.
+    """
+    try:
+        configured = load_frozen(run_dir).checkpoint.dir
+    except ConfigError:
+        configured = None
+    return Path(configured) if configured else run_dir / "checkpoints"
+
+
 def freeze(config: Config, overrides: Sequence[str], run_dir: Path) -> None:
     """Write the configuration into the run directory, and add this launch to the list of launches.
 
@@ -121,7 +133,8 @@ def _read(file: Path) -> Any:
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER)
     except FileNotFoundError as error:
         fix = "Give the folder of a run, or start one with 'anyshard train'."
-        raise ConfigError(Problem("run directory", file.parent, f"it holds no {file.name}.", fix)) from error
+        why = f"it holds no {file.name}." if file.parent.is_dir() else "there is no such folder."
+        raise ConfigError(Problem("run directory", file.parent, why, fix)) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(
@@ -169,7 +182,7 @@ def has_progress(run_dir: Path, held: Config) -> bool:
     One that a failed start left behind does not; the next start may use it with another configuration.
     """
     metrics = run_dir / "metrics.jsonl"
-    checkpoints = run_dir / "checkpoints" if held.checkpoint.dir is None else Path(held.checkpoint.dir)
+    checkpoints = Path(held.checkpoint.dir) if held.checkpoint.dir else run_dir / "checkpoints"
     return (metrics.is_file() and metrics.stat().st_size > 0) or any(checkpoints.glob("step-*"))
 
 

@@ -95,6 +95,8 @@ class LocalBackend:
             with writing(spec.run_dir):
                 logs.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context((logs / "launcher.log").open("ab"))
+            ranks = "1 rank" if spec.procs_per_node == 1 else f"{spec.procs_per_node} ranks"
+            print(f"starting {ranks}; logs: {logs}", flush=True)
             env = {**os.environ, **rendered.env, "ANYSHARD_ERRORS": errors, LAUNCHER_VARIABLE: str(os.getpid())}
             # a session of its own: Ctrl-C reaches this process alone, which passes it on
             process = subprocess.Popen(

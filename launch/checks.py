@@ -150,7 +150,7 @@ def operators(hardware: Hardware) -> list[Check]:
             checks.append(Check(name, "ok", f"built in {op_cache.extensions_dir()}"))
         elif entry.state == "buildable":
             command = f"{sys.executable} -m anyshard.offload.ops build {entry.op.name}"
-            late = f"not built; its first use takes about {entry.op.build_s:.0f} s longer ({entry.op.used_for})"
+            late = f"not built; its first use builds it, {op_cache.BUILD_TIME} ({entry.op.used_for})"
             if entry.op.name in op_cache.DEFAULT_OPS:
                 checks.append(Check(name, "warn", late, f"build it now: {command}"))
             else:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, EnvError
+from anyshard.configs.frozen import checkpoint_dir_in
+from anyshard.launch.console import make_console
 from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Commit, Manifest
 
@@ -23,7 +25,7 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
     Returns:
         0, also when some are damaged; 1 when there are none.
     """
-    directories = (Path(run_or_dir), Path(run_or_dir) / "checkpoints")
+    directories = (Path(run_or_dir), checkpoint_dir_in(Path(run_or_dir)))
     found = [each for directory in directories for each in catalog.list_checkpoints(directory)]
     rows = [_row(each) for each in found]
     if as_json:
@@ -37,7 +39,7 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
             loss = row["evaluation"].get("loss")
             shown = "" if loss is None else f"{loss:.4f}"
             table.add_row(str(row["step"]), row["created"], row["layout"], _size(row["num_bytes"]), shown, state)
-        console = Console()
+        console = make_console()
         console.print(table)
         for row in rows:
             if row["problem"]:
@@ -78,7 +80,7 @@ def show(path: Path, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(content))
         return EXIT_DONE
-    console = Console()
+    console = make_console()
     facts = Table("", "", title=str(path), title_justify="left", show_header=False)
     for name in ("step", "created", "layout", "versions", "optimizer", "groups", "engine", "meta"):
         value = content[name]
@@ -139,7 +141,7 @@ def verify(path: Path, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps({"path": str(path), "damages": [vars(damage) for damage in damages]}))
         return EXIT_FAILED if damages else EXIT_DONE
-    console = Console()
+    console = make_console()
     if not damages:
         console.print(f"{path}: every byte is as it was written", highlight=False, soft_wrap=True)
         return EXIT_DONE
@@ -165,7 +167,8 @@ def prune(run: Path, *, keep: int, keep_every: int = 0, dry_run: bool = False, a
         CheckpointError: there is no good checkpoint, or a save is going on.
         EnvError: one could not be removed.
     """
-    directory = next((each for each in (run, run / "checkpoints") if catalog.list_checkpoints(each)), run / "checkpoints")
+    default = checkpoint_dir_in(run)
+    directory = next((each for each in (run, default) if catalog.list_checkpoints(each)), default)
     writing = retention.being_written(directory)
     if writing:
         raise CheckpointError(
@@ -188,7 +191,7 @@ def prune(run: Path, *, keep: int, keep_every: int = 0, dry_run: bool = False, a
         problems = {str(each.path): each.problem for each in found if each.problem}
         print(json.dumps({"removed": [str(path) for path in going], "kept": staying, "problems": problems, "dry_run": dry_run}))
         return EXIT_DONE
-    console = Console()
+    console = make_console()
     for each in found:
         fate = "stays" if each.path not in going else "would go" if dry_run else "removed"
         damage = f" (damaged: {each.problem})" if each.problem else ""

@@ -299,6 +299,6 @@ def main() -> None:
         app()
     except AnyshardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        if error.exit_code == EXIT_CONFIG:
+        if error.exit_code == EXIT_CONFIG and sys.argv[1:2] in (["train"], ["resume"]):
             print("Nothing was started.", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -20,6 +20,7 @@ from anyshard.configs.keys import all_keys, plain
 from anyshard.configs.overrides import unknown_choice
 from anyshard.configs.reference import describe_file
 from anyshard.configs.sources import config_dirs, find_file, group_choices, read_yaml
+from anyshard.launch.console import make_console
 
 
 def ls(group: str | None = None, *, config_dir: Path | None = None, console: Console | None = None) -> None:
@@ -28,7 +29,7 @@ def ls(group: str | None = None, *, config_dir: Path | None = None, console: Con
     Raises:
         ConfigError: there is no such group, or no such folder.
     """
-    console = console or Console()
+    console = console or make_console()
     dirs = config_dirs(config_dir, [])
     choices = {name: names for name, names in group_choices(dirs).items() if "/" not in name}
     if group is not None and group not in choices:
@@ -63,7 +64,7 @@ def show(
     Raises:
         ConfigError: the overrides are wrong.
     """
-    console = console or Console()
+    console = console or make_console()
     composition = compose_with_sources(overrides, config_dir=config_dir)
     if not changed:
         text = yaml.safe_dump(plain(composition.config), sort_keys=False, allow_unicode=True)
@@ -92,7 +93,7 @@ def explain(
     Raises:
         ConfigError: there is no such key.
     """
-    console = console or Console()
+    console = console or make_console()
     if key is None:
         table = Table(box=None, pad_edge=False, show_header=False)
         for path, known in all_keys().items():

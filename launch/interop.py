@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, Problem
 from anyshard.launch.child import call
+from anyshard.launch.console import make_console
 from anyshard.trainer.checkpoint.interop.output import refuse_occupied
 
 FORMATS = ("hf", "universal", "dcp")
@@ -92,7 +92,7 @@ def diff(a: Path, b: Path, *, weights_only: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
         return EXIT_FAILED if differences else EXIT_DONE
-    console = Console()
+    console = make_console()
     console.print(f"a: {result['a']}\nb: {result['b']}", highlight=False, soft_wrap=True, markup=False)
     if differences:
         table = Table("tensor", "state", "differs in", "a", "b", "max |a-b|", "max relative", "elements")
@@ -126,7 +126,7 @@ def _told(result: dict[str, Any], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
         return EXIT_DONE
-    console = Console()
+    console = make_console()
     facts = ", ".join(f"{key} {_text(value)}" for key, value in result.items() if key not in ("out", "notes", "files"))
     files = f", {len(result['files'])} files of tensors" if "files" in result else ""
     console.print(f"{result['out']}: {facts}{files}", highlight=False, soft_wrap=True, markup=False)

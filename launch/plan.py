@@ -23,6 +23,7 @@ from anyshard.configs import rules, schema
 from anyshard.configs.compose import compose
 from anyshard.configs.errors import ConfigError, LaunchError, PlanError
 from anyshard.configs.world import dp_size, resolve_world
+from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
 from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory
 from anyshard.trainer.batch import BatchPlan, plan_batch
@@ -72,7 +73,7 @@ class Plan:
 
     def show(self, console: Console | None = None) -> None:
         """Print the plan for people."""
-        console = console or Console()
+        console = console or make_console()
         for table in (self._summary(), self._memory_table(console.is_terminal), self._largest_parameters()):
             console.print(table)
         for key, ours, theirs in merged_overrides(self.config, self.batch):

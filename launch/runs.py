@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from anyshard.configs.errors import ConfigError, Problem
+from anyshard.configs.frozen import checkpoint_dir_in
+from anyshard.launch.console import make_console
 from anyshard.trainer.callbacks.curves import plot as draw
 from anyshard.trainer.callbacks.curves import read_metrics
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
@@ -69,7 +70,7 @@ def summary(run: Path) -> dict[str, Any]:
     """One run in a few numbers."""
     steps = [record for record in read_metrics(run) if "train/loss" in record]
     last = steps[-1] if steps else {}
-    checkpoints = [found.path for found in list_checkpoints(run / "checkpoints") if found.problem is None]
+    checkpoints = [found.path for found in list_checkpoints(checkpoint_dir_in(run)) if found.problem is None]
     return {
         "run": str(run),
         "state": state_of(run),
@@ -108,7 +109,7 @@ def ls(folder: Path, *, as_json: bool) -> int:
             row["checkpoint"] or "",
             "" if age is None else f"{age // 3600}h{age % 3600 // 60:02}m" if age >= 3600 else f"{age // 60}m{age % 60:02}s",
         )
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 

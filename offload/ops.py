@@ -14,7 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyshard.configs.errors import EnvError
-from anyshard.offload.op_cache import DEFAULT_OPS, OPS, OpStatus, extensions_dir, needed_ops, op_env, remove_stale_locks, status
+from anyshard.offload.op_cache import (
+    BUILD_TIME,
+    DEFAULT_OPS,
+    OPS,
+    OpStatus,
+    extensions_dir,
+    needed_ops,
+    op_env,
+    remove_stale_locks,
+    status,
+)
 
 __all__ = ["build", "cpu_optimizer", "extensions_dir", "needed_ops", "op_env", "remove_stale_locks", "status"]
 
@@ -37,7 +47,7 @@ def build(names: Sequence[str] = DEFAULT_OPS, say: Callable[[str], None] = print
         say(f"removed {lock}: a build that was killed had left it")
     todo = [entry for entry in status(names) if entry.state != "built"]
     for number, entry in enumerate(todo, start=1):
-        say(f"building {entry.op.name} ({number} of {len(todo)}, about {entry.op.build_s:.0f} s on two cores) ...")
+        say(f"building {entry.op.name} ({number} of {len(todo)}; {BUILD_TIME}) ...")
         start = time.monotonic()
         _build(entry)
         say(f"built {entry.op.name} in {time.monotonic() - start:.0f} s")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
+import logging
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs.errors import EnvError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,14 @@ def init_distributed(env: RankEnv, device: torch.device, *, timeout_s: float) ->
     )
     try:
         # DeepSpeed prints the names of operators that it loads; standard output is for people
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo",
                 auto_mpi_discovery=False,
                 verbose=False,
                 timeout=datetime.timedelta(seconds=timeout_s),
             )
+        logger.info("%s", printed.getvalue().strip())
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{env.master_addr}:{env.master_port}"
         first = str(error).splitlines()[0]

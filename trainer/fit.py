@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
-from anyshard.offload.op_cache import op_env, remove_stale_locks
+from anyshard.offload.op_cache import needed_ops, op_env, remove_stale_locks, status
+from anyshard.offload.ops import build
 from anyshard.parallel import comm
 from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
@@ -82,14 +83,36 @@ def fit(
         CheckpointError: no checkpoint could be restored, or the last one not written.
         TrainError: the loss is not finite, or a callback failed.
     """
-    started_s = time.monotonic()
     if signals is None:
         signals = Signals()
         signals.install()
+    return fit_as_process(config, task, signals=signals)
+
+
+def fit_as_process(
+    config: schema.Config | Callable[[], schema.Config],
+    task: Task | None = None,
+    *,
+    signals: Signals,
+    overrides: Sequence[str] = (),
+    on_agreed: Callable[[Path], None] = lambda run_dir: None,
+) -> Outcome:
+    """`fit` for a process that is nothing but this rank.
+
+    Args:
+        overrides: what made `config`, for overrides.yaml.
+        on_agreed: called with the run directory once it is known and locked, before anything long begins.
+
+    Raises:
+        AnyshardError: as `fit`.
+    """
+    started_s = time.monotonic()
     rank = _join(config, started_s)
     with contextlib.ExitStack() as held:
         held.callback(setattr, signals, "training", False)
-        agreed = _agree(config, rank, held)
+        agreed = _agree(config, rank, held, overrides)
+        on_agreed(frozen.run_dir_of(agreed))
+        _build_ops(needed_ops(agreed, rank.device.type), rank.env)
         return _fit(agreed, task, rank, signals)
 
 
@@ -101,15 +124,33 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     env = comm.discover(os.environ)
     if env.local_rank == 0:
         remove_stale_locks()
-    timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
     device = comm.device_of(env)
+    if device.type == "cpu":
+        _build_ops(["shm_comm"], env, optional=True)
+    timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
     if not dist.is_initialized():
         comm.init_distributed(env, device, timeout_s=timeout_s)
     control = comm.control_group(env, timeout_s=timeout_s)
     return Rank(env, device, control, comm.control_group(env, timeout_s=TIMEOUT_S), started_s)
 
 
-def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank, held: contextlib.ExitStack) -> schema.Config:
+def _build_ops(names: Sequence[str], env: comm.RankEnv, *, optional: bool = False) -> None:
+    """Build the operators that are missing, on one rank of each node and before the first use of them, which is silent.
+
+    Args:
+        optional: leave those out that cannot be built here.
+
+    Raises:
+        EnvError: one cannot be built.
+    """
+    wanted = [entry for entry in status(names) if entry.state != "built" and not (optional and entry.state == "missing")]
+    if wanted and env.local_rank == 0:
+        build([entry.op.name for entry in wanted], say=lambda line: print(line, flush=True))
+
+
+def _agree(
+    config: schema.Config | Callable[[], schema.Config], rank: Rank, held: contextlib.ExitStack, overrides: Sequence[str]
+) -> schema.Config:
     """Rank 0's configuration, checked and frozen, on every rank; its error on every rank too. Collective.
 
     Args:
@@ -118,7 +159,7 @@ def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank, held
     result: list[Any] = [None]
     if rank.env.rank == 0:
         try:
-            result[0] = _freeze(config() if callable(config) else config, rank, held)
+            result[0] = _freeze(config() if callable(config) else config, rank, held, overrides)
         except AnyshardError as error:
             result[0] = error
     if rank.control is not None:
@@ -129,7 +170,7 @@ def _agree(config: schema.Config | Callable[[], schema.Config], rank: Rank, held
     return agreed
 
 
-def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack) -> schema.Config:
+def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overrides: Sequence[str]) -> schema.Config:
     """Resolve what depends on the ranks that are here, check, and write the run directory unless it is frozen."""
     nodes, procs = rank.env.world_size // rank.env.local_world_size, rank.env.local_world_size
     asked = world.world_size(config)
@@ -146,8 +187,10 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack) -> sc
         frozen.check_run_dir(config, run_dir)
         batch = plan_batch(config.train, rank.env.world_size)
         held.enter_context(only_run(run_dir))
-        frozen.freeze(config, [], run_dir)
+        frozen.freeze(config, overrides, run_dir)
         write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
+        if not launched:
+            write_file(run_dir / "env.json", json.dumps(frozen.environment(), indent=2) + "\n")
     return config
 
 
@@ -159,7 +202,8 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
     trackers = build_trackers(config, run_dir, rank=rank.env.rank)
     with Reporter(run_dir, rank=rank.env.rank, max_steps=config.train.max_steps, trackers=trackers) as reporter:
         reporter.event("start", world_size=rank.env.world_size, zero=config.zero.stage, pid=os.getpid())
-        reporter.say(_banner(config, batch, rank))
+        what = f"{config.model.name} on {config.data.name}" if task is None else "a model and data of your own"
+        reporter.say(_banner(config, what, batch, rank))
         require_dtype(config.precision.dtype)
         seed_everything(config.seed, "model")
         data_fingerprint = None
@@ -397,13 +441,12 @@ def torch_dtype(config: schema.Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.dtype.value]
 
 
-def _banner(config: schema.Config, batch: BatchPlan, rank: Rank) -> str:
+def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> str:
     layout = describe_layout(layout_of(config, rank.env.world_size))
     name = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else "CPU"
     return "\n".join(
         [
-            f"{config.run.name}: {config.model.name} on {config.data.name}, {layout}, "
-            f"{config.precision.dtype.value}, {rank.env.world_size} x {name}",
+            f"{config.run.name}: {what}, {layout}, {config.precision.dtype.value}, {rank.env.world_size} x {name}",
             f"batch: {batch}",
             f"run directory: {frozen.run_dir_of(config)}",
         ]

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from anyshard.configs import schema
+from anyshard.configs.compose import compose, split_arguments
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, AnyshardError, ConfigError
 from anyshard.configs.frozen import load_frozen
 from anyshard.configs.writing import writing
@@ -48,27 +48,31 @@ def main(argv: list[str]) -> int:
             config = load_frozen(run_dir)
             _redirect(run_dir)
             redirected = True
-            from anyshard.trainer.fit import fit
+            from anyshard.trainer.fit import fit_as_process
 
-            outcome = fit(config, signals=signals)
+            outcome = fit_as_process(config, signals=signals)
         else:
-            from anyshard.trainer.fit import fit
+            from anyshard.trainer.fit import fit_as_process
 
-            outcome = fit(lambda: _compose(argv), signals=signals)
+            def log_to(run_dir: Path) -> None:
+                nonlocal redirected
+                _redirect(run_dir)
+                redirected = True
+
+            overrides, config_dir = split_arguments(argv)
+            outcome = fit_as_process(
+                # rank 0 alone calls it, and pays for Hydra
+                lambda: compose(overrides, config_dir=config_dir),
+                signals=signals,
+                overrides=overrides,
+                on_agreed=log_to,
+            )
     except Interrupted as interruption:
         logger.warning("%s", interruption)
         return EXIT_REQUEUE
     except BaseException as error:
         return _fail(error, stderr, redirected=redirected)
     return EXIT_REQUEUE if outcome.stopped else EXIT_DONE
-
-
-def _compose(argv: list[str]) -> schema.Config:
-    """The configuration of overrides and, where given, `--config-dir DIR`. Rank 0 alone pays for Hydra."""
-    from anyshard.configs.compose import compose, split_arguments
-
-    overrides, config_dir = split_arguments(argv)
-    return compose(overrides, config_dir=config_dir)
 
 
 def rank_of_environment() -> int:

@@ -38,3 +38,18 @@ def test_results_and_exit_codes(tmp_path):
     command("ckpt", "prune", "run", "--keep", "1")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000020"]
     assert "there is no checkpoint here" in command("ckpt", "import", "run/logs", "x", code=1)
+
+
+def test_checkpoints_outside_the_run_are_found_through_it(tmp_path):
+    """`checkpoint.dir` is followed by everything that takes a run."""
+    assert anyshard("train", *SMOKE, "run.dir=run", "checkpoint.dir=big/ck", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    (row,) = json.loads(anyshard("runs", "ls", ".", "--json", cwd=tmp_path).stdout)
+    assert row["checkpoint"] == "step-00000020"
+    rows = json.loads(anyshard("ckpt", "ls", "run", "--json", cwd=tmp_path).stdout)
+    assert [row["path"] for row in rows] == [f"{tmp_path}/big/ck/step-000000{step}" for step in (20, 10)]
+    for command in (["show", "run"], ["verify", "run"], ["export", "run", "hf"], ["prune", "run", "--keep", "1"]):
+        done = anyshard("ckpt", *command, cwd=tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+    assert "the same" in anyshard("ckpt", "diff", "run", "hf", "--weights", cwd=tmp_path).stdout

@@ -222,6 +222,11 @@ def test_by_hand_under_torchrun(tmp_path):
     )
     assert first.returncode == 0, first.stderr
     assert "step 20/20 100%" in first.stdout
+    assert first.stdout.startswith("run: ")  # nothing of DeepSpeed's above it
+    assert "DeepSpeed" not in first.stderr
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["packages"]["deepspeed"]
+    assert (tmp_path / "run" / "overrides.yaml").read_text() == "- overrides:\n  - debug=smoke\n  - run.dir=run\n"
+    assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank00000.log", "rank00001.log"]
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "procs_per_node: 2" in config
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["train_batch_size"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -22,18 +23,36 @@ logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, the last one of each step and kind only: what was trained again after a crash is dropped."""
+    """The records of a run, the last one of each step and kind only.
+
+    Where a run went back (after a crash, or as it was told to) what came after that step is dropped: the run has left it.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
     latest: dict[tuple[bool, int], dict[str, Any]] = {}
+    last = 0
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed while writing it
+        if latest and record["step"] < last:
+            latest = {key: old for key, old in latest.items() if key[1] < record["step"]}
+        last = record["step"]
         latest["train/loss" in record, record["step"]] = record
     return sorted(latest.values(), key=lambda record: (record["step"], "train/loss" not in record))
+
+
+def read_resumes(run_dir: Path) -> list[int]:
+    """The steps from which a run was resumed."""
+    path = run_dir / "events.jsonl"
+    steps = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed while writing it
+            event = json.loads(line)
+            steps += [int(event["step"])] if event["event"] == "restore" else []
+    return steps
 
 
 def write_csv(run_dir: Path) -> Path:
@@ -61,9 +80,9 @@ def plot(run_dirs: Sequence[Path], out: Path) -> Path:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
+    axes = figure.subplots(2, 2, sharex=True)
     for run_dir in run_dirs:
-        _draw(axes, read_metrics(run_dir), run_dir.name)
+        _draw(axes, read_metrics(run_dir), read_resumes(run_dir), run_dir.name)
     titles = [
         ("loss", "nats per token"),
         ("throughput", "tokens/s"),
@@ -71,17 +90,20 @@ def plot(run_dirs: Sequence[Path], out: Path) -> Path:
         ("waiting for checkpoints", "ms per logged interval"),
     ]
     for axis, (title, unit) in zip(axes.flat, titles, strict=True):
-        axis.set(title=title, ylabel=unit, xlabel="step")
+        axis.set(title=title, ylabel=unit)
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in (axes[0][1], axes[1][0], axes[1][1]):
         axis.set_ylim(bottom=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
     axes[0][0].legend(frameon=False)
     figure.savefig(out, dpi=120)
     return out
 
 
-def _draw(axes: Any, records: list[dict[str, Any]], name: str) -> None:
+def _draw(axes: Any, records: list[dict[str, Any]], resumes: list[int], name: str) -> None:
     steps = [record for record in records if "train/loss" in record]
     evaluations = [record for record in records if "eval/loss" in record]
     loss: Axes = axes[0][0]
@@ -95,6 +117,10 @@ def _draw(axes: Any, records: list[dict[str, Any]], name: str) -> None:
             markersize=4,
             label=f"{name}: validation",
         )
+    for number, step in enumerate(resumes):
+        for axis in axes.flat:
+            label = f"{name}: resumed" if number == 0 and axis is loss else None
+            axis.axvline(step, color=line.get_color(), linestyle=":", linewidth=1, label=label)
     for axis, metric in ((axes[0][1], "perf/tokens_per_s"), (axes[1][0], "mem/peak_gib")):
         axis.plot([r["step"] for r in steps], [r.get(metric) for r in steps], linewidth=1.2, color=line.get_color())
     stalls = [(r["step"], r["ckpt/stall_ms"]) for r in steps if r.get("ckpt/stall_ms")]

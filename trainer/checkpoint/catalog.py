@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyshard.configs.errors import CheckpointError
+from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.trainer.checkpoint.boxes import share
 from anyshard.trainer.checkpoint.manifest import (
     COMMIT,
@@ -233,7 +234,7 @@ def resolve(path: Path) -> Path:
         if not path.is_dir():
             raise CheckpointError(f"{path}: there is no such checkpoint.")
         return path
-    for directory in (path, path / "checkpoints"):
+    for directory in (path, checkpoint_dir_in(path)):
         for found in list_checkpoints(directory):
             if found.problem is None:
                 return found.path

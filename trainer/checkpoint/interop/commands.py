@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anyshard.configs.errors import CheckpointError, ConfigError, Problem
+from anyshard.configs.frozen import CONFIG_FILE, checkpoint_dir_in
 from anyshard.trainer.checkpoint import catalog
 from anyshard.trainer.checkpoint.interop.source import Source, Stored
 from anyshard.trainer.checkpoint.manifest import COMMIT
@@ -30,7 +31,7 @@ def open_source(path: Path, *, weights_only: bool = False) -> Source:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder.")
-    if (path / COMMIT).exists() or catalog.list_checkpoints(path) or catalog.list_checkpoints(path / "checkpoints"):
+    if (path / COMMIT).exists() or catalog.list_checkpoints(path) or catalog.list_checkpoints(checkpoint_dir_in(path)):
         return Stored(catalog.resolve(path))
     for latest in ("latest", "latest_universal"):
         if (path / latest).is_file():
@@ -85,6 +86,7 @@ def _export(
     return export_hf(
         stored,
         Path(out),
+        run_dir=Path(source) if (Path(source) / CONFIG_FILE).is_file() else None,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         config_file=Path(config) if config else None,

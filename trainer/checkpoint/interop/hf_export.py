@@ -31,6 +31,7 @@ def export_hf(
     source: Stored,
     out: Path,
     *,
+    run_dir: Path | None = None,
     dtype: str | None,
     max_shard_bytes: int,
     config_file: Path | None,
@@ -39,6 +40,7 @@ def export_hf(
     """Write the model of a checkpoint; memory: about one tensor.
 
     Args:
+        run_dir: of the run that saved it, whose tokenizer goes along; None looks around the checkpoint.
         dtype: of the parameters; None: the type that the run trained in.
         max_shard_bytes: largest file, as long as no single tensor is larger.
         config_file: a config.json, for a checkpoint that does not say what model it is of.
@@ -51,7 +53,7 @@ def export_hf(
         ConfigError: nothing says what model this is, or `out` is occupied.
         CheckpointError: the checkpoint is damaged, or not of that model.
     """
-    run_dir = _run_dir(source.path)
+    run_dir = run_dir or _run_dir(source.path)
     described = _description(source, run_dir, config_file)
     with new_folder(out) as folder:
         (folder / "config.json").write_text(json.dumps(described["config"], indent=2) + "\n")

@@ -51,3 +51,16 @@ def test_without_matplotlib_the_error_says_what_to_install(run, monkeypatch):
     with pytest.raises(EnvError, match=r"pip install 'anyshard\[plot\]'"):
         curves.plot([run], run / "out.png")
     assert importlib.util.find_spec("matplotlib")
+
+
+def test_what_a_run_has_left_by_going_back_is_dropped(tmp_path):
+    steps = [10, 20, 30, 15, 25]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "train/loss": 1.0}) + "\n" for s in steps))
+    assert [r["step"] for r in curves.read_metrics(tmp_path)] == [10, 15, 25]
+
+
+def test_resumes_are_read_from_the_events(run):
+    assert curves.read_resumes(run) == []
+    events = [{"event": "start"}, {"event": "restore", "step": 2}]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "rest')
+    assert curves.read_resumes(run) == [2]

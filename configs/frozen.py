@@ -44,6 +44,7 @@ RESUMABLE_KEYS: tuple[str, ...] = (
     "checkpoint",
     "stop",
     # what watches the run, and names
+    "train.detect_hang_s",
     "train.detect_nan",
     "tracking",
     "callbacks",

@@ -224,6 +224,13 @@ class Train:
         64, "Validation sequences of one evaluation over all ranks; 0 turns evaluation off.", unit="sequences", ge=0
     )
     log_every_steps: int = key(10, "Write a line and a metrics record every so many steps.", unit="steps", gt=0)
+    detect_hang_s: Optional[float] = key(
+        300.0,
+        "A rank that ends no micro-step for this long writes the stacks of its threads to its log; null: never.",
+        unit="s",
+        gt=0,
+        why="half of launch.timeout_s, after which the collective that it waits in fails",
+    )
     detect_nan: bool = key(True, "Stop with an error when a logged loss, or every gradient since the last, is not finite.")
 
 

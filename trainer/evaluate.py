@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,22 @@ def spread(count: int, length: int) -> list[int]:
     return [number * length // count for number in range(count)]
 
 
-def evaluate(model: Any, task: Task, *, samples: int, micro_batch_size: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: Any,
+    task: Task,
+    *,
+    samples: int,
+    micro_batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Loss (and what `task.predict` reports) averaged over `samples` validation samples.
 
     Every rank runs the same number of forward passes, as ZeRO-3 needs; a rank that has run out of samples takes the
     first one with weight 0.
+
+    Args:
+        on_batch: called after each forward pass.
 
     Collective: every rank calls it; it blocks.
     """
@@ -47,6 +59,7 @@ def evaluate(model: Any, task: Task, *, samples: int, micro_batch_size: int, dev
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.stack(
                     [value.detach().double().cpu() * weight, weight]
                 )
+            on_batch()
     model.train()
     names = sorted(sums)
     totals = sum_over_ranks(torch.stack([sums[name] for name in names]).to(device))

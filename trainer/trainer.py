@@ -23,6 +23,7 @@ from anyshard.trainer.saves import Saves
 from anyshard.trainer.state import Progress
 from anyshard.trainer.stop import StopControl
 from anyshard.trainer.task import Batch, Task
+from anyshard.trainer.watchdog import Watchdog
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Trainer:
         self.device, self.rank, self.run_dir, self._peak_flops = device, rank, run_dir, peak_flops
         self.outcome = Outcome(step=progress.step, checkpoint=saves.last_good)
         self._window = Window()
+        self._watchdog = Watchdog(config.train.detect_hang_s, self._tell_hang)
         self._tokens_per_step = batch.global_batch_size * task.tokens_per_sample
 
     def run(self) -> Outcome:
@@ -100,7 +102,14 @@ class Trainer:
             )
         self.reporter.start_bar(self.progress.step)
         self._window = Window(skipped_before=self.engine.skipped_steps)
-        while self.progress.step < train.max_steps:
+        with self._watchdog:
+            self._loop()
+            self.stops.drain()
+            self._finish()
+        return self.outcome
+
+    def _loop(self) -> None:
+        while self.progress.step < self.config.train.max_steps:
             record = self._step()
             self.saves.after_step(will_save=self.config.checkpoint.every_steps > 0)
             self.callbacks.call("on_step_end", self, record)
@@ -109,9 +118,14 @@ class Trainer:
                 self.outcome.stopped = decision.stop
                 break
             self._between_steps(save_wished=decision.save)
-        self.stops.drain()
-        self._finish()
-        return self.outcome
+
+    def _tell_hang(self, silent_s: float) -> None:
+        step = self.progress.step + 1
+        self.reporter.event("hang", step=step, silent_s=round(silent_s))
+        self.reporter.say(
+            f"WARNING: no micro-step has ended for {silent_s:.0f} s in step {step}. "
+            f"The logs in {self.run_dir}/logs say where each rank stands; docs/debugging.md, 'A run hangs', has more."
+        )
 
     def _step(self) -> dict[str, Any] | None:
         """One optimizer step; returns its record when it is a logged one."""
@@ -131,6 +145,7 @@ class Trainer:
             if logged and number == len(micro_batches) - 1:
                 norm = self.engine.local_grad_norm()
             self.engine.finish_micro_step()
+            self._watchdog.beat()
         self.progress.step += 1
         self.progress.evaluation = {}
         self.progress.samples += self.batch.global_batch_size
@@ -225,7 +240,8 @@ class Trainer:
         if train.eval_every_steps and step % train.eval_every_steps == 0:
             self.evaluate()
         if save_wished or (every and step % every == 0):
-            self.saves.begin(self.progress, self.callbacks.state_dict())
+            with self._watchdog.paused():
+                self.saves.begin(self.progress, self.callbacks.state_dict())
         self._window.other_s += time.perf_counter() - started
 
     def evaluate(self) -> None:
@@ -234,7 +250,12 @@ class Trainer:
         if self.task.validation_data is None or samples == 0:
             return
         numbers = evaluate(
-            self.engine.ds, self.task, samples=samples, micro_batch_size=self.batch.micro_batch_size, device=self.device
+            self.engine.ds,
+            self.task,
+            samples=samples,
+            micro_batch_size=self.batch.micro_batch_size,
+            device=self.device,
+            on_batch=self._watchdog.beat,
         )
         self.outcome.evaluation = self.progress.evaluation = numbers
         record = {
@@ -251,7 +272,8 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written, on any rank.
         """
-        self.saves.finish(self.progress, self.callbacks.state_dict())
+        with self._watchdog.paused():
+            self.saves.finish(self.progress, self.callbacks.state_dict())
 
     def _finish(self) -> None:
         step = self.progress.step

@@ -176,26 +176,43 @@ def rank_pids_gone(run):
     return not any(str(run) in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
+def plugin(folder, name, body):
+    """A callback of a user's own package, as pip would install it; returns the environment that finds it."""
+    site = folder / "site"
+    (site / f"{name}-1.0.dist-info").mkdir(parents=True)
+    (site / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (site / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(f"[anyshard.plugins]\ncallback.{name} = {name}:Mine\n")
+    (site / f"{name}.py").write_text(
+        "import time\n"
+        "from anyshard.trainer.callbacks.base import Callback\n"
+        "class Mine(Callback):\n"
+        "    def on_step_end(self, trainer, record):\n"
+        f"        if trainer.rank == 1 and trainer.progress.step == 3:\n            {body}\n"
+    )
+    return {"PYTHONPATH": str(site)}
+
+
 def test_a_failing_rank_shows_its_own_error_and_nothing_above_it(tmp_path):
     """Rank 1 alone fails, in user code; rank 0 then fails in a collective, which nobody needs to read."""
-    plugin = tmp_path / "site"
-    (plugin / "failing-1.0.dist-info").mkdir(parents=True)
-    (plugin / "failing-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
-    (plugin / "failing-1.0.dist-info" / "entry_points.txt").write_text(
-        "[anyshard.plugins]\ncallback.failing = failing:Failing\n"
-    )
-    (plugin / "failing.py").write_text(
-        "from anyshard.trainer.callbacks.base import Callback\n"
-        "class Failing(Callback):\n"
-        "    def on_step_end(self, trainer, record):\n"
-        "        if trainer.rank == 1 and trainer.progress.step == 3:\n"
-        "            raise LookupError('page 17 is missing')\n"
-    )
-    done = anyshard("train", *SMOKE, "run.dir=run", "callbacks.failing={}", cwd=tmp_path, env={"PYTHONPATH": str(plugin)})
+    env = plugin(tmp_path, "failing", "raise LookupError('page 17 is missing')")
+    done = anyshard("train", *SMOKE, "run.dir=run", "callbacks.failing={}", cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("TrainError: callbacks.failing failed in on_step_end: LookupError('page 17 is missing')")
     assert "Traceback" not in done.stderr
     assert "Connection" not in done.stderr
+
+
+def test_ranks_that_hang_say_where_they_stand(tmp_path):
+    """Rank 1 sleeps in user code, rank 0 waits for it; when it is awake again the run goes on."""
+    env = plugin(tmp_path, "dozing", "time.sleep(6)")
+    options = ["train.detect_hang_s=2", "callbacks.dozing={}", "train.max_steps=6"]
+    done = anyshard("train", *SMOKE, "run.dir=run", *options, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: no micro-step has ended for" in done.stdout
+    run = tmp_path / "run"
+    assert 3 <= happened(run, "hang")[0]["step"] <= 5
+    assert "in on_step_end" in (run / "logs" / "rank00001.log").read_text()
+    assert "most recent call first" in (run / "logs" / "rank00000.log").read_text()
 
 
 def test_by_hand_under_torchrun(tmp_path):

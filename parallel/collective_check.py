@@ -12,7 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from anyshard.parallel.comm import device_of, discover, init_distributed
+from anyshard.parallel.comm import device_of, init_distributed
+from anyshard.parallel.rank_env import discover
 
 SMALL_BYTES = 8
 LARGE_BYTES = 64 * 2**20

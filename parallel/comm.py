@@ -1,4 +1,4 @@
-"""From an environment to a process group: which rank this is, and how it talks to the others.
+"""From a place among the ranks to process groups: the device of this rank, and how it talks to the others.
 
 Called once by `trainer/fit.py`. Everything that communicates afterwards takes its group as an argument.
 """
@@ -10,61 +10,14 @@ import datetime
 import io
 import logging
 import os
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from anyshard.configs.errors import EnvError
+from anyshard.parallel.rank_env import RankEnv
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RankEnv:
-    """What a launcher tells a rank."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-
-
-def discover(environ: Mapping[str, str]) -> RankEnv:
-    """Read the rank from the environment that torchrun (or plain variables) sets; none of it means one process.
-
-    Raises:
-        EnvError: the variables contradict each other, or only some of them are set.
-    """
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
-        return RankEnv(0, 0, 1, 1, "127.0.0.1", free_port())
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if missing:
-        raise EnvError(
-            f"{', '.join(missing)} not set although RANK or WORLD_SIZE is: start the ranks with torchrun, or set all four."
-        )
-    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    if not 0 <= rank < world_size:
-        raise EnvError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks are 0 to {world_size - 1}.")
-    return RankEnv(
-        rank,
-        int(environ.get("LOCAL_RANK", rank)),
-        world_size,
-        int(environ.get("LOCAL_WORLD_SIZE", world_size)),
-        environ["MASTER_ADDR"],
-        int(environ["MASTER_PORT"]),
-    )
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def device_of(env: RankEnv) -> torch.device:
@@ -93,11 +46,12 @@ def init_distributed(env: RankEnv, device: torch.device, *, timeout_s: float) ->
     Raises:
         EnvError: the other ranks could not be reached.
     """
-    import deepspeed  # a second of imports that `discover` should not pay
+    import deepspeed
 
     os.environ.update(
         RANK=str(env.rank),
         LOCAL_RANK=str(env.local_rank),
+        LOCAL_WORLD_SIZE=str(env.local_world_size),
         WORLD_SIZE=str(env.world_size),
         MASTER_ADDR=env.master_addr,
         MASTER_PORT=str(env.master_port),

@@ -27,6 +27,7 @@ from anyshard.configs.writing import write_file
 from anyshard.offload.op_cache import needed_ops, op_env, remove_stale_locks, status
 from anyshard.offload.ops import build
 from anyshard.parallel import comm
+from anyshard.parallel.rank_env import RankEnv, discover
 from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.callbacks.base import Callbacks
@@ -58,7 +59,7 @@ logger = logging.getLogger(__name__)
 class Rank:
     """This rank and how it talks to the others."""
 
-    env: comm.RankEnv
+    env: RankEnv
     device: torch.device
     control: dist.ProcessGroup | None
     checkpoints: dist.ProcessGroup | None
@@ -68,7 +69,7 @@ class Rank:
 def fit(
     config: schema.Config | Callable[[], schema.Config], task: Task | None = None, *, signals: Signals | None = None
 ) -> Outcome:
-    """Train `config` on the ranks that the environment describes (torchrun's, or this process alone), resuming as asked.
+    """Train `config` on the ranks that the environment describes (any launcher's, or this process alone), resuming as asked.
 
     Collective: every rank calls it. The configuration of rank 0 is used on all of them.
 
@@ -121,7 +122,7 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(op_env())
-    env = comm.discover(os.environ)
+    env = discover(os.environ)
     if env.local_rank == 0:
         remove_stale_locks()
     device = comm.device_of(env)
@@ -134,7 +135,7 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     return Rank(env, device, control, comm.control_group(env, timeout_s=TIMEOUT_S), started_s)
 
 
-def _build_ops(names: Sequence[str], env: comm.RankEnv, *, optional: bool = False) -> None:
+def _build_ops(names: Sequence[str], env: RankEnv, *, optional: bool = False) -> None:
     """Build the operators that are missing, on one rank of each node and before the first use of them, which is silent.
 
     Args:

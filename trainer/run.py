@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, Anysha
 from anyshard.configs.frozen import load_frozen
 from anyshard.configs.writing import writing
 from anyshard.parallel.parent import signal_when_parent_dies
+from anyshard.parallel.rank_env import rank_of
 from anyshard.trainer.stop import Interrupted, Signals
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
     stderr = os.dup(2)
     redirected = False
     try:
+        # the deepspeed launcher adds it, and says the same by LOCAL_RANK
+        argv = [argument for argument in argv if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
         if argv and argv[0] in ("-h", "--help"):
             print(USAGE)
             return EXIT_DONE
@@ -75,14 +79,9 @@ def main(argv: list[str]) -> int:
     return EXIT_REQUEUE if outcome.stopped else EXIT_DONE
 
 
-def rank_of_environment() -> int:
-    """RANK of the environment, 0 without one."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _redirect(run_dir: Path) -> None:
     """Send this rank's output to its log file; rank 0 keeps the console for what people read."""
-    rank = rank_of_environment()
+    rank = rank_of(os.environ)
     log = run_dir / "logs" / f"rank{rank:05d}.log"
     with writing(run_dir):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ def _fail(error: BaseException, stderr: int, *, redirected: bool) -> int:
     """
     code = error.exit_code if isinstance(error, AnyshardError) else EXIT_FAILED
     text = str(error) if isinstance(error, AnyshardError) else "".join(traceback.format_exception(error)).rstrip()
-    rank = rank_of_environment()
+    rank = rank_of(os.environ)
     if redirected:
         with contextlib.suppress(OSError):  # the disk of the log may be full, which may be why this rank fails
             print(f"rank {rank}: {text}", file=sys.stderr, flush=True)

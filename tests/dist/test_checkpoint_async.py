@@ -98,7 +98,7 @@ def save_with_little_memory(directory: str) -> dict[str, Any]:
     layout = Layout(2, 1)
     with (
         engine_of(layout) as engine,
-        mock.patch.object(saving, "StagingPool", lambda blocks, pinned: small_pool(pinned)),
+        mock.patch.object(saving, "BLOCK_BYTES", 8192),
         mock.patch.object(saving, "max_blocks", return_value=2),
         mock.patch.object(saving, "CHUNK_BYTES", 4096),
     ):
@@ -109,12 +109,6 @@ def save_with_little_memory(directory: str) -> dict[str, Any]:
             made.begin(engine, step=step, meta={"step": step}, rank_meta={})
         made.drain()
         return {"states": states, "held": made._saver._pool.num_bytes}
-
-
-def small_pool(pinned: bool) -> Any:
-    from anyshard.trainer.checkpoint.staging import StagingPool
-
-    return StagingPool(2, block_bytes=8192, pinned=pinned)
 
 
 def test_with_less_memory_than_the_state_it_streams(tmp_path: Path) -> None:
@@ -264,3 +258,87 @@ def test_failed_saves_are_counted_and_training_goes_on(tmp_path: Path) -> None:
     assert [event["step"] for event in events if event["event"] == "commit"] == [1, 3, 5, 6]
     assert records(tmp_path)[-1]["step"] == 6
     assert records(tmp_path)[-1]["ckpt/failed"] >= 1
+
+
+def come_late(directory: str, late: int) -> dict[str, Any]:
+    """One rank is late for the commit of step 2, by more than the others wait; step 3 is saved as if nothing had been."""
+    import torch.distributed as dist
+
+    from anyshard.configs.errors import CheckpointError
+
+    real, failures, states, naps = os.posix_fallocate, {}, {}, [4.0]
+
+    def dawdle(*args: Any) -> None:
+        time.sleep(naps.pop() if naps else 0)
+        real(*args)
+
+    with engine_of(Layout(2, 2)) as engine:
+        made = manager(Path(directory), keep=0, timeout_s=2.0)
+        for step in (1, 2, 3, 4):
+            train(engine, step, 1)
+            states[step] = logical_state(engine)
+            slow = step == 2 and dist.get_rank() == late
+            with mock.patch.object(os, "posix_fallocate", dawdle if slow else real):
+                started = time.monotonic()
+                save = made.begin(engine, step=step, meta={"step": step}, rank_meta={})
+                made.drain()
+            try:
+                save.result()
+            except CheckpointError as error:
+                failures[step] = (str(error), time.monotonic() - started)
+            dist.barrier()
+        return {"failures": failures, "states": states, "agreed": made.agree(True)}
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_saves_go_on_after_a_rank_came_late(tmp_path: Path, late: int) -> None:
+    ranks = run_ranks(come_late, 2, directory=str(tmp_path), late=late, fresh=True)
+    for rank in ranks:
+        assert list(rank["failures"]) == [2]
+        message, seconds = rank["failures"][2]
+        assert "did not come to the checkpoint within 2 s" in message
+        assert seconds < 12
+        assert rank["agreed"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003", "step-00000004"]
+    assert run_ranks(states_in, 1, layout=Layout(1, 1), directory=str(tmp_path))[0][4] == ranks[0]["states"][4]
+
+
+def events_that_cannot_be_written(directory: str) -> list[str]:
+    from anyshard.trainer.checkpoint.manager import CheckpointManager
+    from anyshard.trainer.checkpoint.retention import Retention
+
+    def full(kind: str, **details: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with engine_of(Layout(1, 1)) as engine:
+        made = CheckpointManager(Path(directory), stay=Retention(0), verify=True, group=None, event=full)
+        for step in (1, 2):
+            train(engine, step, 1)
+            save = made.begin(engine, step=step, meta={}, rank_meta={})
+        made.drain()
+        return [save.result().path.name]
+
+
+def test_a_record_that_cannot_be_written_ends_no_save(tmp_path: Path) -> None:
+    assert run_ranks(events_that_cannot_be_written, 1, directory=str(tmp_path)) == [["step-00000002"]]
+
+
+def replace_states(directory: str) -> dict[int, dict[str, str]]:
+    """Between saves the optimizer's states get other memory, the model another buffer."""
+    states = {}
+    with engine_of(Layout(1, 1)) as engine:
+        made, inner = manager(Path(directory), keep=0), engine.optimizer.optimizer
+        for step in (1, 2, 3):
+            train(engine, step, 1)
+            if step == 2:
+                for state in inner.state.values():
+                    state["exp_avg"] = state["exp_avg"].clone().mul_(2)
+                engine.module.seen = engine.module.seen + 7
+            states[step] = logical_state(engine)
+            made.begin(engine, step=step, meta={"step": step}, rank_meta={}).result()
+    return states
+
+
+def test_a_state_that_was_replaced_is_found(tmp_path: Path) -> None:
+    (states,) = run_ranks(replace_states, 1, directory=str(tmp_path))
+    assert run_ranks(states_in, 1, layout=Layout(1, 1), directory=str(tmp_path)) == [states]

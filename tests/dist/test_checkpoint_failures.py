@@ -390,3 +390,41 @@ def test_fp16_loss_scaling_goes_on(tmp_path: Path) -> None:
     run_ranks(loss_scaling, 2, directory=str(tmp_path), layout=Layout(2, 1, dtype="bf16"), resume=False)
     fresh = run_ranks(loss_scaling, 2, directory=str(tmp_path), layout=Layout(2, 3, dtype="fp16"), resume=True)[0]
     assert any("no loss scale" in note for note in fresh["notes"])
+
+
+# ---- after a restore
+
+
+def restore_wrongly(directory: str, what: str) -> str | None:
+    """Rank 1 does not do what it should: the others must not train on."""
+    import torch.distributed as dist
+
+    from anyshard.trainer.checkpoint import optimizers
+
+    def forgets(*args: Any) -> None:
+        """Leaves the groups as they are."""
+
+    def miscounts(*args: Any) -> dict[str, Any]:
+        return {**real(*args), "step": torch.tensor(7.0)}
+
+    import torch
+
+    real = optimizers._restored_scalars
+    name, wrong = ("set_hyper_parameters", forgets) if what == "lr" else ("_restored_scalars", miscounts)
+    with engine_of(Z2) as engine:
+        made = manager(Path(directory))
+        engine.optimizer.param_groups[0]["lr"] = 0.5
+        with mock.patch.object(optimizers, name, wrong if dist.get_rank() == 1 else getattr(optimizers, name)):
+            return error_of(lambda: made.restore(engine, made.find("must")))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("lr", "rank 1: after the restore lr of group decay is 0.5, COMMIT says 0.01"),
+        ("step", "rank 1: after the restore the optimizer is at step 7, COMMIT says {1.0}"),
+    ],
+)
+def test_a_restore_that_did_not_work_is_found(tmp_path: Path, what: str, said: str) -> None:
+    run_ranks(save_steps, 2, layout=Z2, directory=str(tmp_path), steps=[1])
+    assert run_ranks(restore_wrongly, 2, directory=str(tmp_path), what=what) == [said, said]

@@ -58,3 +58,45 @@ def test_resuming_names_what_could_not_be_restored_exactly(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     (restore,) = [event for event in events if event["event"] == "restore"]
     assert any("random number generators" in note for note in restore["notes"])
+
+
+BRANCH = ["train.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep=0"]
+
+
+def names(folder):
+    """The checkpoints of a run, and how many of each step were set aside."""
+    found = sorted(path.name for path in folder.glob("step-*"))
+    aside = sorted(name.partition(".")[0] for name in found if ".abandoned-" in name)
+    return [name for name in found if "." not in name], aside
+
+
+STEPS = [f"step-{step:08d}" for step in range(1, 7)]
+
+
+def test_a_run_that_starts_anew_does_not_find_its_old_checkpoints(tmp_path):
+    first = train(tmp_path, [*BASE, *SAVE, *BRANCH], 1)
+    again = train(tmp_path, [*BASE, *SAVE, *BRANCH, "resume=never", "stop.at_step=2"], 1)
+    folder = tmp_path / "checkpoints"
+    assert names(folder) == (STEPS[:2], STEPS[:4])
+    assert columns(again[-2:]) == columns(first[:2])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (aside,) = [event for event in events if event["event"] == "set_aside"]
+    assert len(aside["names"]) == 4
+    train(tmp_path, [*BASE, *SAVE, *BRANCH], 1)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "restore"] == [2]
+
+
+def test_a_run_that_goes_back_continues_from_there(tmp_path):
+    """And a crash after that finds the new branch; the run ends as one that never left it."""
+    whole = train(tmp_path / "whole", [*BASE, *BRANCH, "train.max_steps=6"], 1)
+    run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    train(run, [*BASE, *SAVE, *BRANCH, "train.max_steps=6", "stop.at_step=4"], 1)
+    back = ["train.max_steps=6", f"resume={folder / STEPS[1]}", "stop.at_step=3"]
+    train(run, [*BASE, *SAVE, *BRANCH, *back], 1)
+    assert names(folder) == (STEPS[:3], STEPS[2:4])
+    resumed = train(run, [*BASE, *SAVE, *BRANCH, "train.max_steps=6"], 1)
+    assert names(folder) == (STEPS, STEPS[2:4])
+    assert columns(resumed[-3:]) == columns(whole[-3:])
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "restore"] == [2, 3]

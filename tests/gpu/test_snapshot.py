@@ -7,7 +7,7 @@ import torch
 
 from anyshard.trainer.checkpoint.layout import Fragment
 from anyshard.trainer.checkpoint.manifest import Tensor
-from anyshard.trainer.checkpoint.snapshot import Snapshot, UpdateGuard
+from anyshard.trainer.checkpoint.snapshot import FilePlan, Snapshot, UpdateGuard
 from anyshard.trainer.checkpoint.staging import StagingPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -24,7 +24,7 @@ def test_a_step_on_the_device_waits_for_the_copy() -> None:
     ]
     for _ in range(3):
         expected = [float(weight.detach()[0]) for weight in weights]
-        snapshot = Snapshot(fragments, pool, 16 * 2**20)
+        snapshot = Snapshot(FilePlan.of(fragments, 16 * 2**20, pool.block_bytes), pool)
         guard.protect(snapshot, [optimizer])
         copier = threading.Thread(target=snapshot.copy, args=[lambda: None])
         copier.start()

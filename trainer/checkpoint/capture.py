@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import platform
@@ -13,7 +12,7 @@ import torch
 
 from anyshard.trainer.checkpoint import layout, optimizers
 from anyshard.trainer.checkpoint.manifest import Commit, Scalar
-from anyshard.trainer.checkpoint.writer import fragments_to_write
+from anyshard.trainer.checkpoint.views import Views
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -23,34 +22,32 @@ class Captured:
     """The state of one rank at one step.
 
     Attributes:
-        fragments: live views of what this rank writes; only an optimizer's step changes them.
+        buffers: copies of what a forward pass may change; on rank 0.
         rank_meta: what the trainer stores for this rank.
         commit: on rank 0, COMMIT without the manifests.
     """
 
-    fragments: list[layout.Fragment]
+    buffers: list[layout.Fragment]
     scalars: list[Scalar]
     rank_meta: dict[str, Any]
     commit: Commit | None
 
 
-def capture(engine: Any, *, step: int, meta: dict[str, Any], rank_meta: dict[str, Any], rank: int, world_size: int) -> Captured:
-    """Take everything that is small at once, and views of the rest.
+def capture(
+    engine: Any, views: Views, *, step: int, meta: dict[str, Any], rank_meta: dict[str, Any], rank: int, world_size: int
+) -> Captured:
+    """Take everything that is small at once.
+
+    Args:
+        views: of the large rest.
 
     Raises:
-        CheckpointError: the layout of the engine is not known, or a state cannot be cut as its parameter is.
+        CheckpointError: a buffer cannot be stored.
         TypeError: `meta` or `rank_meta` is not JSON.
     """
-    optimizer, slots = layout.inner_optimizer(engine), layout.slots(engine)
-    held = optimizers.fragments(slots, optimizer)
-    if rank == 0:  # a forward pass may change a buffer: these are copied now
-        buffers = layout.buffer_fragments(engine.module)
-        held += [dataclasses.replace(buffer, view=buffer.view.clone()) for buffer in buffers]
-    mine = fragments_to_write(held, rank, world_size)
-    names = {fragment.tensor.name for fragment in mine}
-    scalars = optimizers.scalars([slot for slot in slots if slot.name in names], optimizer)
-    commit = commit_record(engine, step, _frozen(meta), world_size) if rank == 0 else None
-    return Captured(mine, scalars, _frozen(rank_meta), commit)
+    scalars = optimizers.scalars_of(views.owners, views.optimizer)
+    commit = commit_record(engine, step, _frozen(meta), views.tied, world_size) if rank == 0 else None
+    return Captured(views.copied_buffers(), scalars, _frozen(rank_meta), commit)
 
 
 def _frozen(meta: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def _frozen(meta: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def commit_record(engine: Any, step: int, meta: dict[str, Any], world_size: int) -> Commit:
+def commit_record(engine: Any, step: int, meta: dict[str, Any], tied: dict[str, str], world_size: int) -> Commit:
     """COMMIT of the present state, without the manifests."""
     import deepspeed
 
@@ -87,7 +84,7 @@ def commit_record(engine: Any, step: int, meta: dict[str, Any], world_size: int)
             "kind": optimizers.habits_of(optimizer).kind,
             "groups": optimizers.hyper_parameters(optimizer),
         },
-        tied=layout.tied_names(engine.module),
+        tied=tied,
         meta=meta,
         manifests=[],
     )

@@ -118,11 +118,17 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> buffer, for those that belong to the model's state."""
-    found = {}
+    places = [(name, part._buffers[key]) for name, part, key in buffer_places(module)]
+    return {name: buffer for name, buffer in places if buffer is not None}
+
+
+def buffer_places(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Name, module and key there of every persistent buffer: the tensor itself may be replaced by another."""
+    found = []
     for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set and buffer.numel():
-                found[f"{prefix}.{name}" if prefix else name] = buffer
+        for key, buffer in part.named_buffers(recurse=False):
+            if key not in part._non_persistent_buffers_set and buffer.numel():
+                found.append((f"{prefix}.{key}" if prefix else key, part, key))
     return found
 
 
@@ -233,12 +239,14 @@ def buffer_fragments(module: nn.Module) -> list[Fragment]:
     Raises:
         CheckpointError: a buffer is not contiguous.
     """
-    found = []
-    for name, buffer in persistent_buffers(module).items():
-        shape = tuple(buffer.shape)
-        slot = Slot(name, shape, 0, buffer.numel(), buffer, 0, None, replicated=False)
-        found.append(Fragment(Tensor(name, BUFFER, dtype_name(buffer.dtype), shape), 0, view_of(slot, buffer), False))
-    return found
+    return [buffer_fragment(name, buffer) for name, buffer in persistent_buffers(module).items()]
+
+
+def buffer_fragment(name: str, buffer: torch.Tensor) -> Fragment:
+    """One buffer. Raises CheckpointError where it is not contiguous."""
+    shape = tuple(buffer.shape)
+    slot = Slot(name, shape, 0, buffer.numel(), buffer, 0, None, replicated=False)
+    return Fragment(Tensor(name, BUFFER, dtype_name(buffer.dtype), shape), 0, view_of(slot, buffer), False)
 
 
 def release_gathered(engine: Any) -> None:

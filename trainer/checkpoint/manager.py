@@ -166,6 +166,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: a rank died, or did not come within the time.
         """
+        self._ranks.meet()
         return all(self._ranks.gather(holds))
 
     def find(self, resume: str) -> Path | None:

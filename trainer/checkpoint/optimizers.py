@@ -87,16 +87,19 @@ def _is_scalar(key: str, value: torch.Tensor, owner: torch.Tensor) -> bool:
 
 def scalars(slots: Iterable[Slot], optimizer: torch.optim.Optimizer) -> list[Scalar]:
     """Scalar states of this rank's parameters, those of equal value together."""
+    return scalars_of(((slot.owner, (slot.name,)) for slot in slots if slot.owner is not None), optimizer)
+
+
+def scalars_of(owners: Iterable[tuple[torch.Tensor, Iterable[str]]], optimizer: torch.optim.Optimizer) -> list[Scalar]:
+    """The same, from what the optimizer steps and the parameters in each."""
     names: dict[tuple[str, str, Number], list[str]] = defaultdict(list)
-    for slot in slots:
-        if slot.owner is None:
-            continue
-        for key, value in optimizer.state.get(slot.owner, {}).items():
+    for owner, members in owners:
+        for key, value in optimizer.state.get(owner, {}).items():
             if isinstance(value, torch.Tensor):
-                if _is_scalar(key, value, slot.owner):
-                    names[key, str(value.dtype).removeprefix("torch."), value.item()].append(slot.name)
+                if _is_scalar(key, value, owner):
+                    names[key, str(value.dtype).removeprefix("torch."), value.item()].extend(members)
             elif isinstance(value, int | float):
-                names[key, "float" if isinstance(value, float) else "int", value].append(slot.name)
+                names[key, "float" if isinstance(value, float) else "int", value].extend(members)
     return [Scalar(key, kind, value, tuple(members)) for (key, kind, value), members in names.items()]
 
 

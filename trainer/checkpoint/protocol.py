@@ -65,6 +65,7 @@ class Protocol:
         final = self.directory / catalog.checkpoint_name(step)
         temporary: Path | None = None
         try:
+            self.ranks.meet()
             temporary = Path(self.ranks.on_first(lambda: str(retention.make_temporary(self.directory, final.name))))
             self.faults.reach("temporary")
             written = self.ranks.everywhere(lambda: asdict(self._write(write, temporary, final)))

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from anyshard.configs.errors import CheckpointError
-from anyshard.trainer.checkpoint import layout, optimizers
+from anyshard.trainer.checkpoint import layout
 from anyshard.trainer.checkpoint.capture import Captured, capture
 from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
 from anyshard.trainer.checkpoint.manifest import Commit
 from anyshard.trainer.checkpoint.protocol import Protocol
 from anyshard.trainer.checkpoint.retention import Retention
-from anyshard.trainer.checkpoint.snapshot import Snapshot, UpdateGuard
-from anyshard.trainer.checkpoint.staging import MIN_BLOCKS, StagingPool, blocks_for, free_host_bytes, max_blocks
+from anyshard.trainer.checkpoint.snapshot import FilePlan, Snapshot, UpdateGuard
+from anyshard.trainer.checkpoint.staging import BLOCK_BYTES, MIN_BLOCKS, StagingPool, free_host_bytes, max_blocks
 from anyshard.trainer.checkpoint.throttle import Throttle
-from anyshard.trainer.checkpoint.writer import CHUNK_BYTES, Written, fragments_to_write, write_blocks
+from anyshard.trainer.checkpoint.views import Views
+from anyshard.trainer.checkpoint.writer import CHUNK_BYTES, Written, write_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +133,11 @@ class Saver:
     ) -> None:
         self.guard = UpdateGuard()
         self._protocol = Protocol(directory, stay, ranks, faults)
-        self._ranks, self._event, self._faults = ranks, event, faults
+        self._ranks, self._told, self._faults = ranks, event, faults
         self._staging_bytes = staging_bytes
         self._throttle = Throttle(bytes_per_s)
         self._pool: StagingPool | None = None
+        self._views: Views | None = None
         self._unfinished: list[PendingSave] = []
         self._copier: threading.Thread | None = None
         self._writer: threading.Thread | None = None
@@ -160,8 +162,10 @@ class Saver:
         self._faults.reach("begin")
         rank, world_size = self._ranks.rank, self._ranks.world_size
         try:
-            save.captured = capture(engine, step=step, meta=meta, rank_meta=rank_meta, rank=rank, world_size=world_size)
-            save.snapshot = Snapshot(save.captured.fragments, self._pool_for(save.captured.fragments, small), CHUNK_BYTES)
+            views = self._views_of(engine)
+            save.captured = capture(engine, views, step=step, meta=meta, rank_meta=rank_meta, rank=rank, world_size=world_size)
+            pool = self._pool_for(views.plan, small)
+            save.snapshot = Snapshot(views.plan.then(save.captured.buffers, CHUNK_BYTES, pool.block_bytes), pool)
             self.guard.protect(save.snapshot, [layout.inner_optimizer(engine)])
         except Exception as error:  # the other ranks must hear of it, or they would wait
             save.refused = error
@@ -170,23 +174,28 @@ class Saver:
         save.begin_stall_s = time.perf_counter() - save.began_s
         return save
 
-    def _pool_for(self, fragments: list[layout.Fragment], small: bool) -> StagingPool:
+    def _views_of(self, engine: Any) -> Views:
+        if self._views is None or not self._views.are_of(engine):
+            rank, world_size = self._ranks.rank, self._ranks.world_size
+            self._views = Views.of(engine, rank=rank, world_size=world_size, chunk_bytes=CHUNK_BYTES, block_bytes=BLOCK_BYTES)
+        return self._views
+
+    def _pool_for(self, plan: FilePlan, small: bool) -> StagingPool:
         if self._pool is None:
-            self._pool = StagingPool(0, pinned=any(fragment.view.is_cuda for fragment in fragments))
-        pool, num_bytes = self._pool, sum(fragment.view.nbytes for fragment in fragments)
+            self._pool = StagingPool(0, block_bytes=BLOCK_BYTES, pinned=plan.device is not None)
+        pool, num_blocks = self._pool, _num_blocks(plan)
         if small:
             pool.max_blocks = max(pool.max_blocks, MIN_BLOCKS)
-        elif pool.max_blocks < 2 * blocks_for(num_bytes):
-            free = free_host_bytes() + pool.num_bytes
+        elif pool.max_blocks < 2 * num_blocks:
+            free, num_bytes = free_host_bytes() + pool.num_bytes, num_blocks * BLOCK_BYTES
             pool.max_blocks = max(pool.max_blocks, max_blocks(num_bytes, self._staging_bytes, free_bytes=free))
         return pool
 
     def prepare(self, engine: Any) -> None:
         """Have a thread make the memory of the first snapshot, so that the first save does not wait for it."""
         with contextlib.suppress(CheckpointError):  # the save will say why it cannot be
-            held = optimizers.fragments(layout.slots(engine), layout.inner_optimizer(engine))
-            mine = fragments_to_write(held, self._ranks.rank, self._ranks.world_size)
-            pool, num_blocks = self._pool_for(mine, False), blocks_for(sum(fragment.view.nbytes for fragment in mine))
+            plan = self._views_of(engine).plan
+            pool, num_blocks = self._pool_for(plan, False), _num_blocks(plan)
             threading.Thread(target=pool.prepare, args=[num_blocks], name="checkpoint-memory", daemon=True).start()
 
     def _start(self, save: PendingSave) -> None:
@@ -207,34 +216,51 @@ class Saver:
             num_bytes = snapshot.num_bytes
             snapshot.copy(lambda: self._event("snapshot", step=save.step, num_bytes=num_bytes, seconds=save.age_s))
 
+    def _event(self, kind: str, **details: Any) -> None:
+        """Tell of an event; that it cannot be written down (a full disk, say) must end neither a save nor training."""
+        try:
+            self._told(kind, **details)
+        except Exception:
+            logger.warning("the event %s could not be recorded", kind, exc_info=True)
+
     def _write(self, save: PendingSave, previous: threading.Thread | None) -> None:
-        """The writing thread of one save."""
+        """The writing thread of one save. Whatever happens, those who wait for the save are told."""
         if previous is not None:
             previous.join()
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux that is of a thread
-        outcome: tuple[Path, int] | CheckpointError
+        outcome: tuple[Path, int] | CheckpointError = CheckpointError(f"step {save.step} was not saved: its thread ended.")
         try:
-            outcome = self._protocol.save(
+            outcome = self._outcome(save)
+            self._report(save, outcome)
+        finally:
+            save.finish(outcome)
+
+    def _outcome(self, save: PendingSave) -> tuple[Path, int] | CheckpointError:
+        """Go through the protocol; afterwards nothing waits for the state any more."""
+        try:
+            return self._protocol.save(
                 save.step,
                 lambda directory: self._write_files(save, directory),
                 lambda: _record_of(save),
                 lambda num_bytes: self._event("persisted", step=save.step, num_bytes=num_bytes, seconds=save.age_s),
             )
         except CheckpointError as error:
-            outcome = error
+            return error
         except BaseException as error:
             logger.exception("the save of step %d", save.step)
-            outcome = CheckpointError(f"step {save.step} was not saved: {type(error).__name__}: {error}.")
-        if save.snapshot is not None:
-            save.snapshot.give_up()
+            return CheckpointError(f"step {save.step} was not saved: {type(error).__name__}: {error}.")
+        finally:
+            if save.snapshot is not None:
+                save.snapshot.give_up()
+
+    def _report(self, save: PendingSave, outcome: tuple[Path, int] | CheckpointError) -> None:
         if isinstance(outcome, CheckpointError):
             self._event("save_failed", step=save.step, error=str(outcome))
         else:
             path, num_bytes = outcome
             stall_ms = round(1000 * save.stall_s, 3)
             self._event("commit", step=save.step, path=str(path), num_bytes=num_bytes, seconds=save.age_s, stall_ms=stall_ms)
-        save.finish(outcome)
 
     def _write_files(self, save: PendingSave, directory: Path) -> Written:
         if save.refused is not None:
@@ -268,6 +294,11 @@ class Saver:
             save.join(None if ends_s is None else max(0.0, ends_s - time.monotonic()))
         self._drop_finished()
         self._throttle.set()
+
+
+def _num_blocks(plan: FilePlan) -> int:
+    """Blocks of a snapshot, with one for buffers."""
+    return len(plan.blocks) + 1
 
 
 def _record_of(save: PendingSave) -> Commit:

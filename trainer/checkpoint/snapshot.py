@@ -11,6 +11,7 @@ Source: Maurya et al., "DataStates-LLM: Lazy Asynchronous Checkpointing for Larg
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 import time
 import weakref
@@ -83,6 +84,50 @@ def cut(fragments: Iterable[Fragment], chunk_bytes: int, block_bytes: int) -> tu
     return blocks, offset
 
 
+@dataclass(frozen=True)
+class FilePlan:
+    """Where the pieces of fragments go in a data file: made once for tensors that stay where they are.
+
+    Attributes:
+        num_bytes: size of the data file.
+        needed: id of what the optimizer steps -> pieces up to its last one.
+        device: of the fragments that are not in host memory; None where all are.
+    """
+
+    blocks: list[list[Piece]]
+    num_bytes: int
+    num_pieces: int
+    needed: dict[int, int]
+    device: torch.device | None
+
+    @classmethod
+    def of(cls, fragments: Iterable[Fragment], chunk_bytes: int, block_bytes: int) -> FilePlan:
+        """Lay fragments out as `cut` does."""
+        blocks, num_bytes = cut(fragments, chunk_bytes, block_bytes)
+        num_pieces, needed, device = 0, {}, None
+        for piece in (piece for pieces in blocks for piece in pieces):
+            num_pieces += 1
+            if piece.fragment.owner is not None:
+                needed[id(piece.fragment.owner)] = num_pieces
+            device = piece.fragment.view.device if piece.fragment.view.is_cuda else device
+        return cls(blocks, num_bytes, num_pieces, needed, device)
+
+    def then(self, fragments: Iterable[Fragment], chunk_bytes: int, block_bytes: int) -> FilePlan:
+        """The same with more fragments, in blocks of their own after the others."""
+        more = FilePlan.of(fragments, chunk_bytes, block_bytes)
+        if not more.num_pieces:
+            return self
+        moved = [[dataclasses.replace(piece, offset=piece.offset + self.num_bytes) for piece in each] for each in more.blocks]
+        needed = self.needed | {owner: self.num_pieces + count for owner, count in more.needed.items()}
+        return FilePlan(
+            self.blocks + moved,
+            self.num_bytes + more.num_bytes,
+            self.num_pieces + more.num_pieces,
+            needed,
+            more.device or self.device,
+        )
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
@@ -97,18 +142,11 @@ class Snapshot:
         waited_s: how long optimizer steps waited for it.
     """
 
-    def __init__(self, fragments: Iterable[Fragment], pool: StagingPool, chunk_bytes: int) -> None:
-        self._layout, self.num_bytes = cut(fragments, chunk_bytes, pool.block_bytes)
+    def __init__(self, plan: FilePlan, pool: StagingPool) -> None:
+        self._layout, self.num_bytes = plan.blocks, plan.num_bytes
         self._pool = pool
-        self._num_pieces = 0
-        self._needed: dict[int, int] = {}  # id of what the optimizer steps -> pieces up to its last one
-        device = None
-        for piece in (piece for pieces in self._layout for piece in pieces):
-            self._num_pieces += 1
-            if piece.fragment.owner is not None:
-                self._needed[id(piece.fragment.owner)] = self._num_pieces
-            device = piece.fragment.view.device if piece.fragment.view.is_cuda else device
-        self._side = _SideStream(device) if device is not None else None
+        self._num_pieces, self._needed = plan.num_pieces, plan.needed
+        self._side = _SideStream(plan.device) if plan.device is not None else None
         self._changed = threading.Condition()
         self._num_copied = 0
         self._filled: deque[Filled | None] = deque()

@@ -21,7 +21,7 @@ from anyshard.trainer.checkpoint.manifest import (
     dump_manifest,
     manifest_name,
 )
-from anyshard.trainer.checkpoint.snapshot import Filled, Snapshot
+from anyshard.trainer.checkpoint.snapshot import FilePlan, Filled, Snapshot
 from anyshard.trainer.checkpoint.staging import StagingPool
 from anyshard.trainer.checkpoint.storage import new_file, write_block, write_durably
 
@@ -106,7 +106,8 @@ def write_rank(
     Raises:
         OSError: a write failed; a full disk shows before the first byte is written.
     """
-    snapshot = Snapshot(fragments, StagingPool(1), chunk_bytes)
+    pool = StagingPool(1)
+    snapshot = Snapshot(FilePlan.of(fragments, chunk_bytes, pool.block_bytes), pool)
     return write_blocks(directory, rank, snapshot.num_bytes, snapshot.blocks_here(), scalars, meta)
 
 

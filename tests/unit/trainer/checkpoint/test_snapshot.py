@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from anyshard.trainer.checkpoint.layout import Fragment
 from anyshard.trainer.checkpoint.manifest import ALIGN_BYTES, ITEM_BYTES, Tensor
-from anyshard.trainer.checkpoint.snapshot import Snapshot, UpdateGuard, cut
+from anyshard.trainer.checkpoint.snapshot import FilePlan, Snapshot, UpdateGuard, cut
 from anyshard.trainer.checkpoint.staging import StagingPool
 
 BLOCK = 8192
@@ -22,6 +22,10 @@ BLOCK = 8192
 def fragment(value: torch.Tensor, owner: torch.Tensor | None = None, name: str = "w") -> Fragment:
     dtype = str(value.dtype).removeprefix("torch.")
     return Fragment(Tensor(name, "param", dtype, tuple(value.shape)), 0, value.view(-1), False, owner=owner)
+
+
+def snapshot_of(fragments: list[Fragment], pool: StagingPool) -> Snapshot:
+    return Snapshot(FilePlan.of(fragments, 4096, pool.block_bytes), pool)
 
 
 def nothing() -> None:
@@ -61,7 +65,7 @@ def test_blocks_hold_the_bytes_of_the_file(max_blocks: int, here: bool) -> None:
     values = [torch.randn(3000), torch.arange(7), torch.randn(5, 11).bfloat16(), torch.tensor([True, False])]
     pool = StagingPool(max_blocks, block_bytes=BLOCK)
     for _ in range(2):  # the second time the blocks hold other bytes before
-        snapshot = Snapshot([fragment(value) for value in values], pool, 4096)
+        snapshot = snapshot_of([fragment(value) for value in values], pool)
         file = bytearray(b"x") * snapshot.num_bytes
         written = 0
         thread = None if here else copy_in_background(snapshot)
@@ -104,7 +108,7 @@ def test_a_step_waits_for_what_it_changes_and_for_nothing_else(monkeypatch: pyte
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
     pool = StagingPool(4, block_bytes=BLOCK)
     fragments = [fragment(first.detach(), first), fragment(second.detach(), second), fragment(frozen.detach())]
-    snapshot = Snapshot(fragments, pool, 4096)
+    snapshot = snapshot_of(fragments, pool)
     guard.protect(snapshot, [optimizer])
     thread = copy_in_background(snapshot)
     groups = optimizer.param_groups
@@ -145,7 +149,7 @@ def test_a_step_waits_for_what_it_changes_and_for_nothing_else(monkeypatch: pyte
 
 def test_whoever_else_changes_the_state_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, guard = Gate(monkeypatch), UpdateGuard()
-    snapshot = Snapshot([fragment(torch.ones(5))], StagingPool(1, block_bytes=BLOCK), 4096)
+    snapshot = snapshot_of([fragment(torch.ones(5))], StagingPool(1, block_bytes=BLOCK))
     guard.protect(snapshot, [])
     thread = copy_in_background(snapshot)
     waiting = threading.Thread(target=guard.wait)
@@ -161,7 +165,7 @@ def test_whoever_else_changes_the_state_can_wait_too(monkeypatch: pytest.MonkeyP
 
 def test_a_tensor_that_is_not_known_waits_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    snapshot = Snapshot([fragment(torch.ones(5))], StagingPool(1, block_bytes=BLOCK), 4096)
+    snapshot = snapshot_of([fragment(torch.ones(5))], StagingPool(1, block_bytes=BLOCK))
     thread = copy_in_background(snapshot)
     waiting = threading.Thread(target=snapshot.wait_for, args=[[torch.ones(1)]])
     waiting.start()
@@ -178,7 +182,7 @@ def test_giving_up_frees_steps_and_blocks() -> None:
     owner = torch.ones(8000)
     pool = StagingPool(2, block_bytes=BLOCK)
     told: list[int] = []
-    snapshot = Snapshot([fragment(owner, owner)], pool, 4096)
+    snapshot = snapshot_of([fragment(owner, owner)], pool)
     copying = copy_in_background(snapshot, lambda: told.append(1))
     waiting = threading.Thread(target=snapshot.wait_for, args=[[owner]])
     waiting.start()
@@ -197,7 +201,7 @@ def test_giving_up_frees_steps_and_blocks() -> None:
 
 def test_a_write_that_fails_gives_its_block_back() -> None:
     pool = StagingPool(1, block_bytes=BLOCK)
-    snapshot = Snapshot([fragment(torch.ones(8000))], pool, 4096)
+    snapshot = snapshot_of([fragment(torch.ones(8000))], pool)
     copying = copy_in_background(snapshot)
     with contextlib.closing(snapshot.blocks()) as blocks:
         next(blocks)
@@ -212,7 +216,7 @@ def test_an_error_while_copying_fails_the_save(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(ctypes, "memmove", broken)
     owner = torch.ones(5)
-    snapshot = Snapshot([fragment(owner, owner)], StagingPool(1, block_bytes=BLOCK), 4096)
+    snapshot = snapshot_of([fragment(owner, owner)], StagingPool(1, block_bytes=BLOCK))
     copy_in_background(snapshot).join(5)
     started = time.perf_counter()
     snapshot.wait_for([owner])

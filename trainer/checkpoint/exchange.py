@@ -20,6 +20,10 @@ LOOK_S = 5.0
 """How often a rank that waits looks whether another has given up."""
 
 
+class _TooLateError(RuntimeError):
+    """A rank did not come within the time."""
+
+
 class Exchange:
     """All ranks of a gloo group, or one process alone.
 
@@ -91,10 +95,12 @@ class Exchange:
         try:
             self._wait(self._connection.allgather([parts], [tensor]))
             if self._is_given_up():
-                raise RuntimeError("another rank has given up")
-        except RuntimeError as error:
+                raise _TooLateError("another rank has given up")
+        except _TooLateError as error:
             with contextlib.suppress(RuntimeError):
                 self._store.add(f"given-up-{self._made_at}", 1)
+            raise self._absent(error) from error
+        except RuntimeError as error:  # a rank died: nobody waits for it again
             raise self._absent(error) from error
         return parts
 
@@ -106,7 +112,7 @@ class Exchange:
             with contextlib.suppress(RuntimeError):
                 work.wait(datetime.timedelta(seconds=max(0.001, min(LOOK_S, left_s))))
             if not work.is_completed() and (left_s <= LOOK_S or self._is_given_up()):
-                raise RuntimeError("timed out" if left_s <= LOOK_S else "another rank has given up")
+                raise _TooLateError("timed out" if left_s <= LOOK_S else "another rank has given up")
         work.wait()
 
     def everywhere(self, action: Callable[[], Any]) -> list[Any]:

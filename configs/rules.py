@@ -221,6 +221,10 @@ def _hpz(config: Config) -> Iterator[Problem]:
 
 
 def _checkpoint(config: Config) -> Iterator[Problem]:
+    if config.checkpoint.ram_every_steps and config.launch.nodes > 1:
+        every = config.checkpoint.ram_every_steps
+        reason = f"launch.nodes={config.launch.nodes}: a node that is lost takes its part of the state in memory along."
+        yield Problem("checkpoint.ram_every_steps", every, reason, "Set it to 0, or launch.nodes=1.")
     if config.checkpoint.best_metric is None:
         return
     for name in ("eval_every_steps", "eval_samples"):

@@ -263,6 +263,13 @@ class Checkpoint:
     bandwidth_mib_s: Optional[float] = key(
         None, "Each rank writes no faster than this while training goes on.", unit="MiB/s", gt=0, why="null: no limit"
     )
+    ram_every_steps: int = key(
+        0,
+        "Keep the state of every so many steps in the host's shared memory as well, where a restart after a crash finds it; "
+        "0 is off. One node only.",
+        unit="steps",
+        ge=0,
+    )
     verify: bool = key(True, "Check every byte that is read on restore against its checksum.")
 
 

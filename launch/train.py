@@ -23,6 +23,7 @@ from anyshard.launch.plan import Plan, plan
 from anyshard.launch.runs import read_events
 from anyshard.launch.spec import build_spec
 from anyshard.offload.op_cache import remove_stale_locks
+from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
 
 
@@ -62,9 +63,29 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
         freeze(config, overrides, planned, run_dir)
         sys.stdout.flush()
         code = int(backend.submit(spec))
+        if config.checkpoint.ram_every_steps:
+            _drain_memory(config, run_dir, code)
     if code != EXIT_DONE:
         print(_how_to_go_on(config, run_dir, code), file=sys.stderr)
     return code
+
+
+def _drain_memory(config: schema.Config, run_dir: Path, code: int) -> None:
+    """The ranks are gone: what only shared memory has goes to the disk, unless the run came to its end."""
+    folder = ram.folder_of(run_dir)
+    if code != EXIT_DONE:
+        try:
+            saved = ram.drain(folder, frozen.checkpoint_dir_of(config))
+        except OSError as error:
+            print(
+                f"the state of step {ram.newest_step(folder)} stays in {folder}: it cannot be written to the disk "
+                f"({error.strerror}). Started again on this host, before a reboot, the run continues from there.",
+                file=sys.stderr,
+            )
+            return
+        if saved is not None:
+            print(f"the newest state was in memory, and is now in {saved}", file=sys.stderr)
+    ram.discard(folder)
 
 
 def _how_to_go_on(config: schema.Config, run_dir: Path, code: int) -> str:

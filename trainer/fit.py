@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs import frozen, rules, schema, world
-from anyshard.configs.errors import AnyshardError, ConfigError, Problem
+from anyshard.configs.errors import AnyshardError, CheckpointError, ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
@@ -31,6 +31,7 @@ from anyshard.parallel.rank_env import RankEnv, discover
 from anyshard.trainer import lm
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.callbacks.base import Callbacks
+from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.manager import TIMEOUT_S, CheckpointManager
 from anyshard.trainer.checkpoint.retention import Retention
 from anyshard.trainer.data.build import build_data
@@ -251,8 +252,9 @@ def _train(
         staging_bytes=None if config.checkpoint.staging_gib is None else int(config.checkpoint.staging_gib * 2**30),
         bandwidth_mib_s=config.checkpoint.bandwidth_mib_s,
     )
+    memory = _memory_of(config, rank, reporter) if config.checkpoint.ram_every_steps else None
     seed_everything(config.seed, "train", rank.env.rank)
-    restored = _restore(config, manager, engine, progress, callbacks, rank, reporter, data_fingerprint)
+    restored = _restore(config, manager, memory, engine, progress, callbacks, rank, reporter, data_fingerprint)
 
     model = describe_model(engine.ds.module)
 
@@ -273,8 +275,9 @@ def _train(
             logger.warning("%s", text)
 
     background = config.checkpoint.mode is schema.Mode["async"]
-    last = None if restored is None else (restored, progress.step)
-    saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last)
+    # what is in memory only is not durable: the run's last save is not left out because of it
+    last = None if restored is None or _is_in_memory(restored, memory) else (restored, progress.step)
+    saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last, memory=memory)
     order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
     loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=rank.env.rank, device=rank.device)
     stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s)
@@ -299,14 +302,59 @@ def _train(
     signals.training = True
     with contextlib.closing(loader):
         try:
-            return trainer.run()
+            outcome = trainer.run()
         finally:
             saves.drain(GRACE_S)
+    if memory is not None:
+        memory.discard()
+    return outcome
+
+
+def _memory_of(config: schema.Config, rank: Rank, reporter: Reporter) -> CheckpointManager:
+    """The run's checkpoints in shared memory. Collective.
+
+    Raises:
+        EnvError: the folder cannot be made.
+    """
+    folder = ram.folder_of(frozen.run_dir_of(config))
+    ram.make(folder)
+
+    def event(kind: str, **details: Any) -> None:
+        if kind in ("save_failed", "checkpoint_damaged"):
+            reporter.event(f"ram_{kind}", **details)
+
+    return CheckpointManager(
+        folder,
+        stay=Retention(1),
+        verify=config.checkpoint.verify,
+        group=comm.control_group(rank.env, timeout_s=TIMEOUT_S),
+        event=event,
+        staging_bytes=ram.STAGING_BYTES,
+    )
+
+
+def _is_in_memory(path: Path, memory: CheckpointManager | None) -> bool:
+    return memory is not None and path.parent == memory.directory
+
+
+def _find(config: schema.Config, manager: CheckpointManager, memory: CheckpointManager | None) -> Path | None:
+    """The checkpoint to continue from: the newest, wherever it is. Collective."""
+    if memory is not None and config.resume not in ("auto", "must"):
+        memory.discard()
+        ram.make(memory.directory)
+    elif memory is not None:
+        kept = None
+        with contextlib.suppress(CheckpointError):  # all are damaged, which is logged: the disk has another
+            kept = memory.find("auto")
+        if kept is not None and int(kept.name.removeprefix("step-")) >= manager.newest_step():
+            return kept
+    return manager.find(config.resume)
 
 
 def _restore(
     config: schema.Config,
     manager: CheckpointManager,
+    memory: CheckpointManager | None,
     engine: Engine,
     progress: Progress,
     callbacks: Callbacks,
@@ -315,7 +363,7 @@ def _restore(
     data_fingerprint: str | None,
 ) -> Path | None:
     """Continue from the checkpoint that `resume` names, if any; returns it. Collective."""
-    path = manager.find(config.resume)
+    path = _find(config, manager, memory)
     if path is None:
         if config.resume == "never":
             _leave_branch(manager, -1, reporter)

@@ -10,6 +10,7 @@ from typing import Any
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint.manager import CheckpointManager
+from anyshard.trainer.checkpoint.ram import discard
 from anyshard.trainer.checkpoint.saving import PendingSave
 from anyshard.trainer.state import Progress, rng_state
 
@@ -28,6 +29,7 @@ class Saves:
         meta: what a checkpoint stores beside the state, of the progress and the callbacks' states.
         warn: tells people of a save that failed.
         restored: the checkpoint that the run continues from, and its step.
+        memory: saves to shared memory; None for none.
 
     Attributes:
         last_good: the newest checkpoint that is known to be committed.
@@ -43,7 +45,9 @@ class Saves:
         meta: Callable[[Progress, dict[str, Any]], dict[str, Any]],
         warn: Callable[[str], None],
         restored: tuple[Path, int] | None,
+        memory: CheckpointManager | None = None,
     ) -> None:
+        self._memory, self._in_memory = memory, list[PendingSave]()
         self._manager, self._ds, self._background, self._meta, self._warn = manager, ds, background, meta, warn
         self.last_good: Path | None = None
         self._last_step: int | None = None
@@ -67,6 +71,19 @@ class Saves:
             self.poll()
         self._stall_s += time.perf_counter() - started
 
+    def begin_in_memory(self, progress: Progress, callback_state: dict[str, Any]) -> None:
+        """Save the present state to shared memory. Collective: every rank calls it at the same step; a failure is told."""
+        assert self._memory is not None
+        started = time.perf_counter()
+        meta, rank_meta = self._meta(progress, callback_state), {"rng": rng_state()}
+        self._in_memory.append(self._memory.begin(self._ds, step=progress.step, meta=meta, rank_meta=rank_meta))
+        self._stall_s += time.perf_counter() - started
+
+    def forget_memory(self) -> None:
+        """Nobody shall continue from what is in shared memory. Call `drain` before."""
+        if self._memory is not None:
+            discard(self._memory.directory)
+
     def finish(self, progress: Progress, callback_state: dict[str, Any]) -> None:
         """Make the present state durable, unless it is. Collective: every rank calls it; it blocks.
 
@@ -83,7 +100,7 @@ class Saves:
 
     def after_step(self, *, will_save: bool) -> None:
         """Report saves that have ended meanwhile; after the first step, make the memory that saves will need."""
-        if self._pending:
+        if self._pending or self._in_memory:
             self.poll()
         if not self._prepared:
             self._prepared = True
@@ -101,14 +118,23 @@ class Saves:
                 self.num_failed += 1
                 self._last_failed = True
                 self._warn(f"{error} Training goes on.")
+        while self._in_memory and self._in_memory[0].is_finished:
+            try:
+                self._in_memory.pop(0).result()
+            except CheckpointError as error:
+                self._warn(f"in shared memory: {error} Training goes on.")
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no save is on its way, and report them."""
+        ends_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._manager.drain(timeout_s)
+        if self._memory is not None:
+            self._memory.drain(None if ends_s is None else max(0.0, ends_s - time.monotonic()))
         self.poll()
 
     def take_stall_s(self) -> tuple[float, float]:
         """Time that training stood still since the last call: between steps, and inside them."""
-        taken = self._stall_s, self._manager.take_guard_stall_s()
+        in_steps_s = sum(manager.take_guard_stall_s() for manager in (self._manager, self._memory) if manager is not None)
+        taken = self._stall_s, in_steps_s
         self._stall_s = 0.0
         return taken

@@ -221,6 +221,7 @@ class Trainer:
         else:
             return
         self.saves.drain()
+        self.saves.forget_memory()  # it would hand what is not finite to the next start
         self.reporter.event("nan", step=step, loss=str(loss))
         raise TrainError(
             f"{what} {self._last_good()} Lower optimizer.lr, raise schedule.warmup_steps, or look at the data; "
@@ -242,6 +243,10 @@ class Trainer:
         if save_wished or (every and step % every == 0):
             with self._watchdog.paused():
                 self.saves.begin(self.progress, self.callbacks.state_dict())
+        in_memory = self.config.checkpoint.ram_every_steps
+        if in_memory and step % in_memory == 0:
+            with self._watchdog.paused():
+                self.saves.begin_in_memory(self.progress, self.callbacks.state_dict())
         self._window.other_s += time.perf_counter() - started
 
     def evaluate(self) -> None:

@@ -77,3 +77,21 @@ def test_of_two_starts_in_one_folder_one_trains_its_own_configuration(tmp_path):
     assert "run.dir" in ends[loser][2]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == winner
     assert len(happened(tmp_path / "run", "start")) == 1
+
+
+def test_a_crash_drains_shared_memory_to_the_disk(tmp_path):
+    from anyshard.trainer.checkpoint import ram
+
+    process, ranks = training(tmp_path, "checkpoint.ram_every_steps=1")
+    memory = ram.folder_of(tmp_path / "run")
+    wait_for(lambda: ram.newest_step(memory) >= 3, process)
+    ranks[1].kill()
+    code, _, err = finish(process)
+    assert code == 1, err
+    assert "the newest state was in memory, and is now in" in err
+    assert not memory.exists()
+    saved = ram.newest_step(tmp_path / "run" / "checkpoints")
+    assert saved >= 3
+    done = anyshard("resume", "run", f"train.max_steps={saved + 1}", "checkpoint.ram_every_steps=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert happened(tmp_path / "run", "restore")[-1]["step"] == saved

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs.errors import CheckpointError
-from anyshard.trainer.checkpoint import catalog, layout, optimizers, retention
+from anyshard.trainer.checkpoint import catalog, layout, optimizers, ram, retention
 from anyshard.trainer.checkpoint.capture import restore_scaler
 from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import faults_of_environment
@@ -207,6 +207,15 @@ class CheckpointManager:
                 "Use resume=never to start anew, or restore the files."
             )
         return None
+
+    def newest_step(self) -> int:
+        """The highest step of a checkpoint by name, sound or not; -1 where there is none. Collective: it blocks."""
+        step: int = self._ranks.on_first(lambda: ram.newest_step(self.directory))
+        return step
+
+    def discard(self) -> None:
+        """Remove the whole folder, which must be one of shared memory. Collective: it blocks."""
+        self._ranks.on_first(lambda: ram.discard(self.directory))
 
     def set_aside(self, after_step: int) -> list[str]:
         """Rename the checkpoints of later steps than the one that a run goes back to; returns the new names.

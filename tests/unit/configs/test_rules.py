@@ -81,6 +81,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "Set it, or checkpoint.best_metric=null.",
     ),
     ({"checkpoint.best_metric": "loss", "train.eval_samples": 0}, "train.eval_samples", "checkpoint.best_metric=loss needs"),
+    ({"checkpoint.ram_every_steps": 1, "launch.nodes": 2}, "checkpoint.ram_every_steps", "Set it to 0, or launch.nodes=1."),
     ({"schedule.warmup_steps": 2000}, "schedule.warmup_steps", "Set it to at most 1000"),
     ({"schedule.warmup_steps": 1.5}, "schedule.warmup_steps", "Write an integer for steps (2)"),
     ({"schedule.name": "wsd", "schedule.decay_steps": 2000}, "schedule.decay_steps", "train.max_steps=1000"),
@@ -150,6 +151,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"zero.hpz_partition_size": 2, "zero.stage": 3, "launch.procs_per_node": 4},
     {"schedule.warmup_steps": 1000},
     {"checkpoint.best_metric": "loss"},
+    {"checkpoint.ram_every_steps": 1},
     {"schedule.warmup_steps": 0.5},
     {"schedule.name": "wsd", "schedule.decay_steps": 0.5, "schedule.warmup_steps": 500},
     {"schedule.decay_steps": 2000},  # only wsd reads it

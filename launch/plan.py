@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from anyshard.configs.errors import ConfigError, LaunchError, PlanError
 from anyshard.configs.world import dp_size, resolve_world
 from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
-from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory
+from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory, staging_bytes
 from anyshard.trainer.batch import BatchPlan, plan_batch
+from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.data.vocabulary import tokenizer_ids
 from anyshard.trainer.ds_config import compile_ds_config, merged_overrides
 from anyshard.trainer.flops import flops_per_token
@@ -120,7 +121,10 @@ class Plan:
             ("optimizer (masters and states)", memory.optimizer, memory.optimizer_on_host),
             ("activations", memory.activations, False),
             ("logits and loss", memory.logits, False),
+            ("checkpoints on their way to storage", memory.staging, True),
         ]
+        if memory.shared_memory:
+            kinds.append(("checkpoints in shared memory", memory.shared_memory, True))
         for kind, size, on_host in kinds:
             cells = ("", f"{size / GIB:.2f}") if on_host else (f"{size / GIB:.2f}", "")
             table.add_row(kind, *cells)
@@ -183,6 +187,7 @@ def plan(config: schema.Config) -> Plan:
         recompute=recompute,
     )
     device_limit, host_limit = _limits(config)
+    memory = _with_checkpoints(memory, config, table.num_params * (4 + _state_bytes(config)), batch.dp, host_limit)
     return Plan(
         config=config,
         table=table,
@@ -193,6 +198,22 @@ def plan(config: schema.Config) -> Plan:
         host_limit_bytes=host_limit,
         flops_per_token=flops_per_token(table, config.data.sequence_length, recompute=recompute),
     )
+
+
+def _with_checkpoints(
+    memory: Memory, config: schema.Config, checkpoint_bytes: int, world_size: int, host_limit_bytes: float
+) -> Memory:
+    """The same with what checkpoints need: ranks write equal parts of each."""
+    settings, mine = config.checkpoint, -(-checkpoint_bytes // world_size)
+    staging = staging_bytes(
+        mine,
+        bound_bytes=None if settings.staging_gib is None else int(settings.staging_gib * GIB),
+        free_bytes=max(0, int(host_limit_bytes) - memory.host_bytes),
+        background=settings.every_steps > 0 and settings.mode is schema.Mode["async"],
+    )
+    if not settings.ram_every_steps:
+        return replace(memory, staging=staging)
+    return replace(memory, staging=staging + ram.STAGING_BYTES, shared_memory=ram.STATES * mine)
 
 
 def _state_bytes(config: schema.Config) -> int:

@@ -52,7 +52,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by kind, and which of them are in host memory."""
+    """Bytes of one rank by kind, and which of them are in host memory.
+
+    Attributes:
+        staging: host memory for checkpoints on their way to storage.
+        shared_memory: this rank's part of the checkpoints that are kept in shared memory.
+    """
 
     weights: int
     gradients: int
@@ -61,6 +66,8 @@ class Memory:
     logits: int
     optimizer_on_host: bool
     params_on_host: bool
+    staging: int = 0
+    shared_memory: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -72,12 +79,35 @@ class Memory:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in CPU memory because of offload."""
-        return (self.weights if self.params_on_host else 0) + (self.optimizer + self.gradients if self.optimizer_on_host else 0)
+        """Bytes in CPU memory because of offload and of checkpoints."""
+        offloaded = (self.weights if self.params_on_host else 0) + (
+            self.optimizer + self.gradients if self.optimizer_on_host else 0
+        )
+        return offloaded + self.staging + self.shared_memory
 
     def to_dict(self) -> dict[str, int | bool]:
         """For plan.json."""
         return {**asdict(self), "device_bytes": self.device_bytes, "host_bytes": self.host_bytes}
+
+
+STAGING_BLOCK_BYTES, MIN_STAGING_BLOCKS, STAGING_SHARE = 16 * 2**20, 4, 0.25
+"""As in trainer/checkpoint/staging.py, which a test compares."""
+
+
+def staging_bytes(saved_bytes: int, *, bound_bytes: int | None, free_bytes: int, background: bool) -> int:
+    """Host memory that a rank takes for checkpoints on their way to storage.
+
+    Args:
+        saved_bytes: what the rank writes of one checkpoint.
+        bound_bytes: `checkpoint.staging_gib`; None takes at most a quarter of what is free.
+        free_bytes: this rank's part of the host memory that nothing uses.
+        background: training goes on meanwhile.
+    """
+    if not background:
+        return MIN_STAGING_BLOCKS * STAGING_BLOCK_BYTES
+    bound = int(STAGING_SHARE * free_bytes) if bound_bytes is None else bound_bytes
+    blocks = -(-saved_bytes // STAGING_BLOCK_BYTES) + 1
+    return STAGING_BLOCK_BYTES * max(MIN_STAGING_BLOCKS, min(2 * blocks, bound // STAGING_BLOCK_BYTES))
 
 
 def model_state_bytes(num_params: int, layout: Layout) -> tuple[float, float, float]:

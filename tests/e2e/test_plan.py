@@ -61,6 +61,26 @@ def test_host_memory_counts_too():
     assert "of host memory" in planning.advice(planned)
 
 
+def test_checkpoints_take_host_memory():
+    base = [
+        "model=llama_125m",
+        "data=synthetic",
+        "launch.procs_per_node=2",
+        "cluster.host_memory_gib=64",
+        "checkpoint.every_steps=5",
+    ]
+    memory = plan(compose(base)).memory
+    mine = plan(compose(base)).table.num_params * 12 / 2
+    assert 2 * mine < memory.staging < 2 * mine + 2**26
+    assert memory.host_bytes == memory.staging
+    assert plan(compose([*base, "checkpoint.mode=sync"])).memory.staging == 64 * 2**20
+    assert plan(compose([*base, "checkpoint.staging_gib=0.5"])).memory.staging == GIB // 2
+    with_ram = plan(compose([*base, "checkpoint.ram_every_steps=1"])).memory
+    assert with_ram.shared_memory == pytest.approx(2 * mine, rel=1e-6)
+    assert with_ram.staging == memory.staging + 128 * 2**20
+    assert with_ram.host_bytes == with_ram.staging + with_ram.shared_memory
+
+
 def test_sequences_beyond_the_models_positions_are_refused():
     with pytest.raises(ConfigError, match=r"data\.sequence_length=100000.*2048"):
         plan(compose(["debug=smoke", "data.sequence_length=100000"]))

@@ -1,6 +1,6 @@
 import pytest
 
-from anyshard.offload.memory import Layout, ModelShape, activation_bytes, model_state_bytes, plan_memory
+from anyshard.offload.memory import GIB, Layout, ModelShape, activation_bytes, model_state_bytes, plan_memory, staging_bytes
 
 # Table 1 of the ZeRO paper, GB of model states per rank: (params in billions, dp) -> stages 1, 2, 3
 ZERO_TABLE = {
@@ -67,3 +67,16 @@ def test_recomputation_keeps_one_layer_and_the_inputs_of_the_others():
     }
     layer = 2 * 16 * 2 * (8 * 64 + 3 * 128)
     assert sizes == {False: 4 * layer, True: layer + 4 * 2 * 16 * 2 * 64}
+
+
+@pytest.mark.parametrize("saved_bytes", [0, 1, 2**20, GIB, 7 * GIB + 5])
+@pytest.mark.parametrize("bound_bytes", [None, 1, 100 * 2**20, 3 * GIB])
+def test_staging_is_planned_as_it_is_taken(saved_bytes, bound_bytes):
+    from anyshard.trainer.checkpoint import staging
+
+    planned = staging_bytes(saved_bytes, bound_bytes=bound_bytes, free_bytes=20 * GIB, background=True)
+    blocks = staging.blocks_for(saved_bytes) + 1  # one for buffers
+    taken = staging.max_blocks(blocks * staging.BLOCK_BYTES, bound_bytes, free_bytes=20 * GIB)
+    assert planned == taken * staging.BLOCK_BYTES
+    waiting = staging_bytes(saved_bytes, bound_bytes=bound_bytes, free_bytes=20 * GIB, background=False)
+    assert waiting == staging.MIN_BLOCKS * staging.BLOCK_BYTES

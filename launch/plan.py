@@ -300,5 +300,6 @@ def advice(planned: Plan) -> str:
     knobs.append("more ranks")
     if planned.memory.host_bytes > planned.host_limit_bytes:
         need, have = planned.memory.host_bytes / GIB, planned.host_limit_bytes / GIB
-        return f"one rank needs {need:.1f} GiB of host memory and has {have:.1f}: use fewer ranks a node, or more nodes."
+        less = "checkpoint.ram_every_steps=0, " if planned.memory.shared_memory else ""
+        return f"one rank needs {need:.1f} GiB of host memory and has {have:.1f}: use {less}fewer ranks a node, or more nodes."
     return f"one rank needs {need:.1f} GiB and has {have:.1f}: try, in order of cost, {', '.join(knobs)}."

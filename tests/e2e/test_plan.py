@@ -79,6 +79,9 @@ def test_checkpoints_take_host_memory():
     assert with_ram.shared_memory == pytest.approx(2 * mine, rel=1e-6)
     assert with_ram.staging == memory.staging + 128 * 2**20
     assert with_ram.host_bytes == with_ram.staging + with_ram.shared_memory
+    small = plan(compose([*base, "checkpoint.ram_every_steps=1", "cluster.host_memory_gib=4"]))
+    assert not small.fits
+    assert "checkpoint.ram_every_steps=0" in planning.advice(small)
 
 
 def test_sequences_beyond_the_models_positions_are_refused():

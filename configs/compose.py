@@ -150,6 +150,8 @@ def finalize(config: Config, now: datetime, cwd: Path | None = None) -> Config:
         result.data.tokenizer = _absolute_if_here(result.data.tokenizer, base)
     result.model.path = result.model.path and _absolute_if_here(result.model.path, base)
     result.data.cache_dir = result.data.cache_dir and _absolute(result.data.cache_dir, base)
+    result.launch.deepspeed.hostfile = result.launch.deepspeed.hostfile and _absolute(result.launch.deepspeed.hostfile, base)
+    result.launch.slurm.template = result.launch.slurm.template and _absolute(result.launch.slurm.template, base)
     return result
 
 

@@ -5,6 +5,7 @@ No Hydra here, so that ranks start fast. The file holds every key with its value
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -157,6 +158,18 @@ def load_frozen(run_dir: Path) -> Config:
     if problems:
         raise ConfigError([Problem(p.key, p.value, p.reason, f"{p.fix} (Set in {file}.)") for p in problems])
     return config
+
+
+def after_restart(config: Config, run_dir: Path) -> Config:
+    """The configuration of ranks that torchrun or Slurm starts again within one launch.
+
+    What `resume=never` or `resume=PATH` asked for has happened once this launch has committed a checkpoint.
+    """
+    if config.resume in ("auto", "must"):
+        return config
+    frozen_at = (run_dir / CONFIG_FILE).stat().st_mtime
+    saved = [path.stat().st_mtime for path in checkpoint_dir_of(config).glob("step-*/COMMIT")]
+    return dataclasses.replace(config, resume="auto") if saved and max(saved) > frozen_at else config
 
 
 def check_run_dir(config: Config, run_dir: Path, *, force: bool = False) -> None:

@@ -33,7 +33,7 @@ class Key:
     @property
     def group(self) -> str:
         """The configuration group, empty for a key of the root."""
-        return self.path.rpartition(".")[0]
+        return self.path.partition(".")[0] if "." in self.path else ""
 
     @property
     def is_open(self) -> bool:
@@ -99,7 +99,7 @@ def all_keys() -> dict[str, Key]:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]):
-                add(hints[field.name], f"{field.name}.", values[field.name])
+                add(hints[field.name], f"{prefix}{field.name}.", values[field.name])
                 continue
             path = prefix + field.name
             keys[path] = Key(path, hints[field.name], values[field.name], **field.metadata)

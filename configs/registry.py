@@ -47,7 +47,12 @@ _OURS: dict[str, dict[str, str]] = {
         "sample_text": "anyshard.trainer.callbacks.sample_text:SampleText",
         "unigram": "anyshard.trainer.callbacks.unigram:Unigram",
     },
-    "launch": {"local": "anyshard.launch.backend_local:LocalBackend"},
+    "launch": {
+        "deepspeed": "anyshard.launch.backend_deepspeed:DeepspeedBackend",
+        "local": "anyshard.launch.backend_local:LocalBackend",
+        "slurm": "anyshard.launch.backend_slurm:SlurmBackend",
+        "torchrun": "anyshard.launch.backend_torchrun:TorchrunBackend",
+    },
 }
 _REGISTERED: dict[str, dict[str, Any]] = {kind: {} for kind in _OURS}
 

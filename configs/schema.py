@@ -68,6 +68,22 @@ class Best(Enum):
     highest = "highest"
 
 
+class Starter(Enum):
+    srun = "srun"
+    torchrun = "torchrun"
+
+
+class Rendezvous(Enum):
+    c10d = "c10d"
+    static = "static"
+
+
+class Runner(Enum):
+    pdsh = "pdsh"
+    openmpi = "openmpi"
+    no_ssh = "no_ssh"
+
+
 class WandbMode(Enum):
     auto = "auto"
     online = "online"
@@ -284,14 +300,77 @@ class Tracking:
 
 
 @dataclass
+class Torchrun:
+    rendezvous: Rendezvous = key(
+        Rendezvous.c10d, "How nodes meet. c10d: by themselves, in any order. static: each is told its number."
+    )
+    host: Optional[str] = key(None, "Name or address of the node that starts the run, where nodes meet.", why="null: this host")
+    max_restarts: int = key(0, "Times that torchrun starts the ranks anew after one has failed.", ge=0)
+
+
+@dataclass
+class DeepspeedLauncher:
+    hostfile: Optional[str] = key(None, "File with a line 'HOST slots=N' for each node.", why="null: one is written from hosts")
+    hosts: list[str] = key([], "Names of the nodes, each with launch.procs_per_node slots.")
+    include: Optional[str] = key(None, "Hosts and slots that are used: 'node0@node1:0,2'.")
+    exclude: Optional[str] = key(None, "Hosts and slots that are not used.")
+    runner: Runner = key(Runner.pdsh, "How other nodes are reached; no_ssh: the same command is given on every node.")
+    node_rank: int = key(0, "Number of this node, with runner no_ssh.", ge=0)
+    master_addr: Optional[str] = key(None, "Address of the first node.", why="null: the first host")
+    launcher_args: str = key("", "Arguments handed to pdsh or mpirun.")
+
+
+@dataclass
+class Slurm:
+    account: Optional[str] = key(None, "Account that is charged.")
+    partition: Optional[str] = key(None, "Partition.", why="null: the cluster's default")
+    qos: Optional[str] = key(None, "Quality of service.")
+    time_min: Optional[int] = key(None, "Time limit.", unit="min", gt=0, why="null: the partition's")
+    constraint: Optional[str] = key(None, "Features that nodes must have.")
+    reservation: Optional[str] = key(None, "Reservation.")
+    nodelist: Optional[str] = key(None, "Nodes that must be used.")
+    exclude: Optional[str] = key(None, "Nodes that must not be used.")
+    exclusive: bool = key(False, "Share nodes with no other job.")
+    gpu_type: Optional[str] = key(None, "Type of the GPUs, as in --gpus-per-node=h100:8.")
+    gres: Optional[str] = key(None, "Generic resources of a node, instead of --gpus-per-node: 'gpu:h100:8'.")
+    cpus_per_task: Optional[int] = key(None, "Cores of each rank.", gt=0, why="null: the cluster's default")
+    mem: Optional[str] = key(None, "Host memory of a node, as Slurm writes it: '200G', '0' for all.")
+    array: Optional[int] = key(
+        None, "Submit a chain of so many jobs, each of which goes on where the last one stopped, instead of requeueing.", ge=2
+    )
+    requeue: bool = key(True, "A job that is warned or preempted saves, goes back into the queue and continues.")
+    warn_s: int = key(120, "Slurm warns so long before the time limit; the ranks save and end.", unit="s", ge=10)
+    starter: Starter = key(
+        Starter.srun, "srun: Slurm starts every rank. torchrun: Slurm starts one torchrun on each node, which starts the ranks."
+    )
+    container_image: Optional[str] = key(None, "Image that the ranks run in (pyxis: srun --container-image).")
+    container_mounts: list[str] = key([], "Mounts of the container: '/data:/data:ro'; the run directory is added.")
+    modules: list[str] = key([], "Modules that are loaded first.")
+    prologue: list[str] = key([], "Lines of bash before the ranks start.")
+    directives: list[str] = key([], "More '#SBATCH' options: '--mail-type=FAIL'.")
+    srun_args: list[str] = key([], "More options of srun.")
+    python: Optional[str] = key(None, "Python on the nodes.", why="null: the one that submits")
+    template: Optional[str] = key(None, "Template of your own for the script; ours is launch/templates/slurm.sbatch.j2.")
+
+
+@dataclass
 class Launch:
-    name: str = key("local", "Registered backend that starts the ranks: local, or a plugin's.")
+    name: str = key("local", "Registered backend that starts the ranks: local, torchrun, deepspeed, slurm, or a plugin's.")
     nodes: int = key(1, "Nodes.", ge=1)
     procs_per_node: Union[int, str] = key("auto", "Ranks on each node; auto: one per GPU, or 1 without.")
-    port: Optional[int] = key(None, "Port of the rendezvous.", ge=1, le=65535, why="null: a free port")
+    port: Optional[int] = key(
+        None,
+        "Port of the rendezvous.",
+        ge=1,
+        le=65535,
+        why="null: a free port; 29500 with several nodes; on Slurm by the job's id",
+    )
     timeout_s: float = key(600.0, "A collective that waits longer than this fails.", unit="s", gt=0)
     threads_per_proc: Optional[int] = key(None, "OMP threads of each rank.", ge=1, why="null: cores / procs_per_node")
     env: dict[str, str] = key({}, "Extra environment variables of the ranks.")
+    torchrun: Torchrun = field(default_factory=Torchrun)
+    deepspeed: DeepspeedLauncher = field(default_factory=DeepspeedLauncher)
+    slurm: Slurm = field(default_factory=Slurm)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, Config
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.writing import writing
 from anyshard.launch.env import find_hardware, is_port_free
+from anyshard.launch.runs import ended_with_a_stop
 from anyshard.launch.spec import LaunchSpec, Rendered
 from anyshard.parallel.parent import signal_when_parent_dies
 
@@ -34,7 +36,7 @@ KILLED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*(-\d
 """Ranks that died by a signal, in torchrun's report (torch/distributed/elastic/multiprocessing/errors/__init__.py)."""
 
 GRACE_S = 10.0
-"""Time that the other ranks have to end by themselves once one has failed."""
+"""`grace_s` where nothing restarts the ranks."""
 
 
 class LocalBackend:
@@ -65,7 +67,7 @@ class LocalBackend:
         """
         if spec.nodes > 1:
             why = "launch=local starts the ranks of this node alone."
-            fix = "Start 'torchrun ... -m anyshard.trainer.run' on every node (README, On a cluster), or set launch.nodes=1."
+            fix = "Use launch=slurm, launch=torchrun or launch=deepspeed (docs/cluster.md), or set launch.nodes=1."
             raise ConfigError(Problem("launch.nodes", spec.nodes, why, fix))
         num_gpus = find_hardware().num_gpus
         if 0 < num_gpus < spec.procs_per_node:
@@ -94,7 +96,7 @@ class LocalBackend:
             )
             with writing(spec.run_dir):
                 logs.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context((logs / "launcher.log").open("ab"))
+                log = stack.enter_context((logs / log_name(spec)).open("ab"))
             ranks = "1 rank" if spec.procs_per_node == 1 else f"{spec.procs_per_node} ranks"
             print(f"starting {ranks}; logs: {logs}", flush=True)
             env = {**os.environ, **rendered.env, "ANYSHARD_ERRORS": errors, LAUNCHER_VARIABLE: str(os.getpid())}
@@ -107,7 +109,14 @@ class LocalBackend:
                 # KILL: on TERM torchrun would kill the ranks after 30 s; on its death they save and end
                 preexec_fn=partial(signal_when_parent_dies, signal.SIGKILL, os.getpid()),
             )
-            return _watch(process, logs, Path(errors), report_from=log.tell())
+            # a failed rank ends the others, unless torchrun is to start all of them again
+            grace_s = GRACE_S if not spec.options.torchrun.max_restarts else math.inf
+            return _watch(process, Path(log.name), Path(errors), report_from=log.tell(), grace_s=grace_s)
+
+
+def log_name(spec: LaunchSpec) -> str:
+    """The file of torchrun's own words, one for each node."""
+    return "launcher.log" if spec.node_rank == 0 else f"launcher-node{spec.node_rank:03d}.log"
 
 
 class _Tree:
@@ -154,12 +163,14 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _watch(process: subprocess.Popen[bytes], logs: Path, errors: Path, *, report_from: int) -> int:
+def _watch(process: subprocess.Popen[bytes], log: Path, errors: Path, *, report_from: int, grace_s: float = GRACE_S) -> int:
     """Wait for torchrun and its ranks, passing signals on; returns the run's exit code.
 
     Args:
+        log: torchrun's words.
         errors: where failing ranks write why.
-        report_from: offset in launcher.log where this attempt begins.
+        report_from: offset in the log where this attempt begins.
+        grace_s: time that the other ranks have to end by themselves once one has failed.
     """
     wishes: list[int] = []
     tree = _Tree(process)
@@ -183,13 +194,13 @@ def _watch(process: subprocess.Popen[bytes], logs: Path, errors: Path, *, report
             time.sleep(0.05)
             if failed_at is None and any(errors.glob("*.json")):
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            if failed_at is not None and time.monotonic() - failed_at > grace_s:
                 tree.kill()
         if len(wishes) >= 3:
             print("ended without a save, as asked", file=sys.stderr)
             return EXIT_FAILED
-        report = (logs / "launcher.log").read_bytes()[report_from:].decode(errors="replace")
-        return _conclude(process.returncode, logs, errors, wished=bool(wishes), report=report)
+        report = log.read_bytes()[report_from:].decode(errors="replace")
+        return _conclude(process.returncode, log.parent, errors, wished=bool(wishes), report=report)
     finally:
         tree.kill()
         for number, handler in previous.items():
@@ -208,8 +219,8 @@ def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report
     Args:
         report: what torchrun wrote about this attempt.
     """
-    if returncode == 0:
-        return EXIT_DONE
+    if returncode == 0:  # torchrun that restarts ranks is told nothing of a stop: it would take it for a failure
+        return EXIT_REQUEUE if ended_with_a_stop(logs.parent) else EXIT_DONE
     records = [json.loads(path.read_text()) for path in errors.glob("*.json")]
     causes = [record for record in records if not _is_collateral(record)]
     killed = [
@@ -225,7 +236,7 @@ def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report
                 file=sys.stderr,
             )
         return int(first["exit_code"])
-    if _stopped(logs.parent) or (wished and not killed):
+    if ended_with_a_stop(logs.parent) or (wished and not killed):
         return EXIT_REQUEUE
     for rank, code in killed[:1]:
         name = signal.Signals(-code).name
@@ -243,13 +254,3 @@ def _is_collateral(record: dict[str, Any]) -> bool:
     return not record["for_people"] and bool(
         re.search(r"closed by peer|reset by peer|Connection refused|remote worker|Broken pipe", record["message"])
     )
-
-
-def _stopped(run_dir: Path) -> bool:
-    """Whether the last thing that the run recorded is an agreed stop with its save."""
-    path = run_dir / "events.jsonl"
-    if not path.exists():
-        return False
-    events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
-    last_start = len(events) - 1 - events[::-1].index("start") if "start" in events else 0
-    return "stop" in events[last_start:]

@@ -43,6 +43,18 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     return events
 
 
+def last_attempt(run: Path) -> list[dict[str, Any]]:
+    """The events since the ranks were last started."""
+    events = read_events(run)
+    starts = [number for number, event in enumerate(events) if event["event"] == "start"]
+    return events[starts[-1] :] if starts else []
+
+
+def ended_with_a_stop(run: Path) -> bool:
+    """Whether the last thing that the run recorded is an agreed stop with its save."""
+    return any(event["event"] == "stop" for event in last_attempt(run))
+
+
 def state_of(run: Path) -> str:
     """new, running, done, stopped or died: by the last attempt's events and whether its process lives."""
     events = read_events(run)

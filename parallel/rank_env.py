@@ -134,6 +134,12 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return places[0].rank if places else 0
 
 
+def is_restart(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun or Slurm started this before, within the same launch: again, or as an earlier job of a chain."""
+    before = {"TORCHELASTIC_RESTART_COUNT": 0, "SLURM_RESTART_COUNT": 0, "SLURM_ARRAY_TASK_ID": 1}
+    return any(int(environ.get(name) or "0") > first for name, first in before.items())
+
+
 def _places(environ: Mapping[str, str]) -> list[Place]:
     """What each launcher that left traces says, from the innermost outwards."""
     places: list[Place] = []

@@ -15,15 +15,16 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from anyshard.configs import frozen
 from anyshard.configs.compose import compose, split_arguments
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, AnyshardError, ConfigError
-from anyshard.configs.frozen import load_frozen
 from anyshard.configs.writing import writing
 from anyshard.parallel.parent import signal_when_parent_dies
-from anyshard.parallel.rank_env import rank_of
+from anyshard.parallel.rank_env import is_restart, rank_of
 from anyshard.trainer.stop import Interrupted, Signals
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
             if len(argv) != 2:
                 raise ConfigError(f"--run-dir takes one folder and nothing else. {USAGE}")
             run_dir = Path(argv[1])
-            config = load_frozen(run_dir)
+            config = frozen.load_frozen(run_dir)
+            if is_restart(os.environ):
+                config = frozen.after_restart(config, run_dir)
             _redirect(run_dir)
             redirected = True
             from anyshard.trainer.fit import fit_as_process
@@ -73,10 +76,15 @@ def main(argv: list[str]) -> int:
             )
     except Interrupted as interruption:
         logger.warning("%s", interruption)
-        return EXIT_REQUEUE
+        return stop_code(os.environ)
     except BaseException as error:
         return _fail(error, stderr, redirected=redirected)
-    return EXIT_REQUEUE if outcome.stopped else EXIT_DONE
+    return stop_code(os.environ) if outcome.stopped else EXIT_DONE
+
+
+def stop_code(environ: Mapping[str, str]) -> int:
+    """The exit code of a rank that stops as asked: 75, but not where torchrun would take that for a failure and restart it."""
+    return EXIT_DONE if int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else EXIT_REQUEUE
 
 
 def _redirect(run_dir: Path) -> None:

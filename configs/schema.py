@@ -398,6 +398,13 @@ class Stop:
     at_s: Optional[float] = key(
         None, "End early this long after the start of the ranks, with a save and exit code 75.", unit="s", gt=0
     )
+    margin_s: Optional[float] = key(
+        None,
+        "In a job of Slurm, end so long before its time limit.",
+        unit="s",
+        gt=0,
+        why="null: 60, but at most a tenth of what is left at the start",
+    )
 
 
 @dataclass

@@ -41,11 +41,11 @@ class SlurmBackend:
         return Rendered(["sbatch", "--parsable", str(script)], {}, {script: _script(spec)})
 
     def check(self, spec: LaunchSpec) -> None:
-        """Slurm is here, what the nodes have is known, and no job of this run is in the queue.
+        """Slurm is here, and what the nodes have is known.
 
         Raises:
             ConfigError: it is not known whether the nodes have GPUs, or a rank would have none.
-            EnvError: there is no sbatch, or the run has been submitted already.
+            EnvError: there is no sbatch.
         """
         procs = spec.procs_per_node
         if spec.gpus_per_node is None:
@@ -64,7 +64,6 @@ class SlurmBackend:
                 "launch.name=slurm: there is no sbatch on this host. Submit from a login node of the cluster, "
                 "or print the script with --dry-run and take it there."
             )
-        slurm.check_not_submitted(spec.run_dir)
 
     def submit(self, spec: LaunchSpec) -> int:
         """Hand the script to Slurm, and say where to look; returns at once.
@@ -189,10 +188,13 @@ def _environment(spec: LaunchSpec) -> list[tuple[str, str, str]]:
         told = []
     if "PATH" not in env and not spec.options.slurm.container_image:
         told.append(("PATH", '"${PYTHON%/*}:$PATH"', REASONS["PATH"]))
-    named = [
-        (name, shlex.quote(value), "launch.env" if name in of_people else REASONS.get(name, "")) for name, value in env.items()
-    ]
+    reasons = {**REASONS, **dict.fromkeys(of_people, "yours, by launch.env")}
+    named = [(name, _for_bash(value), reasons.get(name, "")) for name, value in env.items()]
     return [*told, *named]
+
+
+def _for_bash(value: str) -> str:
+    return f"'{value}'" if value.startswith("=") else shlex.quote(value)
 
 
 def _srun(spec: LaunchSpec) -> list[str]:

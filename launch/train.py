@@ -21,6 +21,7 @@ from anyshard.launch.env import find_hardware
 from anyshard.launch.inputs import check_inputs
 from anyshard.launch.plan import Plan, plan
 from anyshard.launch.runs import read_events
+from anyshard.launch.slurm import check_not_submitted
 from anyshard.launch.spec import build_spec
 from anyshard.offload.op_cache import remove_stale_locks
 from anyshard.trainer.checkpoint import ram
@@ -41,6 +42,7 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
     config = resolve_world(config, find_hardware().num_gpus)
     rules.require(config)
     run_dir = frozen.run_dir_of(config)
+    check_not_submitted(run_dir)
     check_free(run_dir)
     frozen.check_run_dir(config, run_dir, force=force)
     if config.launch.name == "local":
@@ -58,6 +60,7 @@ def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, for
     for lock in remove_stale_locks():
         print(f"removed {lock}, left by a build that was killed: ranks would wait for it for ever", file=sys.stderr)
     with only_run(run_dir, START_LOCK, wait_s=0):
+        check_not_submitted(run_dir)
         check_free(run_dir)
         frozen.check_run_dir(config, run_dir, force=force)  # again: another start may have been faster
         freeze(config, overrides, planned, run_dir)

@@ -29,6 +29,7 @@ from anyshard.offload.ops import build
 from anyshard.parallel import comm
 from anyshard.parallel.rank_env import RankEnv, discover
 from anyshard.trainer import lm
+from anyshard.trainer.allocation import find_allocation
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.checkpoint import ram
@@ -280,7 +281,8 @@ def _train(
     saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last, memory=memory)
     order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
     loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=rank.env.rank, device=rank.device)
-    stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s)
+    allocation = find_allocation(os.environ, config.stop.margin_s) if rank.env.rank == 0 else None
+    stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s, allocation)
     peak = device_peak_flops(config, rank.device)
     trainer = Trainer(
         config,

@@ -1,6 +1,7 @@
 """Wishes to stop or to save, and how all ranks agree on them.
 
-A wish comes from a signal to any rank, from the STOP or SAVE file in the run directory, or from `stop.at_s`. Every rank
+A wish comes from a signal to any rank, from the STOP or SAVE file in the run directory, or from `stop.at_s`, or from
+the end of the job of Slurm. Every rank
 contributes its wishes to a small all-reduce on the control group and reads the result at a later step, so that nobody
 waits for it and everybody acts at the same step. That is each step, or every few where steps are so short that agreeing
 would be felt. `stop.at_step` needs no agreement.
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs import schema
+from anyshard.trainer.allocation import Allocation
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Decision:
 
 GO_ON = Decision()
 NO_WISHES = (0, 0, 0, 0)
+_JOB_ENDS = 2  # what is wished by the time: 1 is `stop.at_s`
 
 
 @dataclass
@@ -76,6 +79,7 @@ class StopControl:
         run_dir: where STOP and SAVE are looked for, by rank 0 alone.
         group: control group of all ranks, None when alone.
         started_s: `time.monotonic()` when the rank started, for `stop.at_s`.
+        allocation: of Slurm; looked at by rank 0 alone.
     """
 
     options: schema.Stop
@@ -84,6 +88,7 @@ class StopControl:
     group: dist.ProcessGroup | None
     rank: int
     started_s: float = field(default_factory=time.monotonic)
+    allocation: Allocation | None = None
     _flags: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int32))
     _work: dist.Work | None = None
     _steps_to_go: int = 1  # until the next agreement
@@ -109,6 +114,8 @@ class StopControl:
             return Decision(stop=f"signal {signal.Signals(signum).name}")
         if stop_file:
             return Decision(stop=f"file {self._stop_file}")
+        if late == _JOB_ENDS:
+            return Decision(stop="the time limit of the job")
         if late:
             return Decision(stop=f"stop.at_s={self.options.at_s:g}")
         return Decision(save=bool(save_file))
@@ -120,12 +127,14 @@ class StopControl:
 
     def _wishes(self) -> tuple[int, int, int, int]:
         first = self.rank == 0
-        late = self.options.at_s is not None and time.monotonic() - self.started_s >= self.options.at_s
+        late = int(self.options.at_s is not None and time.monotonic() - self.started_s >= self.options.at_s)
+        if first and self.allocation is not None and self.allocation.is_over():
+            late = _JOB_ENDS
         return (
             self.signals.received or 0,
             int(first and os.path.exists(self._stop_file)),
             int(first and self._take_save_file()),
-            int(first and late),
+            late if first else 0,
         )
 
     def _take_save_file(self) -> bool:

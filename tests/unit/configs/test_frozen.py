@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.configs import make_config, set_key
 from anyshard.configs.errors import ConfigError, EnvError
 from anyshard.configs.frozen import (
     RESUMABLE_KEYS,
+    after_restart,
     check_run_dir,
     checkpoint_dir_of,
     diff,
@@ -162,3 +164,17 @@ def test_an_unreadable_configuration_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").chmod(0)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_frozen(tmp_path)
+
+
+def test_ranks_that_are_started_again_go_on_from_what_this_launch_saved(tmp_path: Path) -> None:
+    config = make_config({"resume": "never", "run.dir": str(tmp_path)})
+    commit = tmp_path / "checkpoints/step-00000005/COMMIT"
+    commit.parent.mkdir(parents=True)
+    commit.touch()
+    os.utime(commit, (1, 1))  # of an earlier launch
+    freeze(config, [], tmp_path)
+    assert after_restart(config, tmp_path).resume == "never"
+    commit.touch()
+    os.utime(commit, (time.time() + 1,) * 2)
+    assert after_restart(config, tmp_path).resume == "auto"
+    assert after_restart(make_config({"resume": "must"}), tmp_path).resume == "must"

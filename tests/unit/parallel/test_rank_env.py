@@ -8,7 +8,16 @@ import pytest
 
 from anyshard.configs.errors import EnvError
 from anyshard.parallel import rank_env
-from anyshard.parallel.rank_env import RankEnv, address_of, discover, first_host, free_port, port_of_job, rank_of
+from anyshard.parallel.rank_env import (
+    RankEnv,
+    address_of,
+    discover,
+    first_host,
+    free_port,
+    is_restart,
+    port_of_job,
+    rank_of,
+)
 
 PLAIN = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 TORCHRUN = {
@@ -190,3 +199,17 @@ def test_a_free_port_can_be_bound():
 def test_it_needs_no_torch():
     code = f"import sys, {rank_env.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("environ", "again"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_ARRAY_TASK_ID": "1"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_ARRAY_TASK_ID": "2"}, True),
+    ],
+)
+def test_restarts_are_known(environ, again):
+    assert is_restart(environ) is again

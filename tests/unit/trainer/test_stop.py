@@ -5,6 +5,7 @@ import time
 import pytest
 
 from anyshard.configs import schema
+from anyshard.trainer.allocation import Allocation
 from anyshard.trainer.stop import Decision, Interrupted, Signals, StopControl
 
 
@@ -64,3 +65,14 @@ def test_a_signal_before_training_ends_the_process_at_once(handlers):
     Signals().install()
     with pytest.raises(Interrupted, match="SIGTERM before the first step"):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_end_of_the_job_is_seen_by_rank_0(tmp_path):
+    over, goes_on = Allocation("7", time.time() + 5, margin_s=10), Allocation("7", time.time() + 1000, margin_s=10)
+    stops = control(tmp_path)
+    stops.allocation = goes_on
+    assert stops.decide(1) == Decision()
+    stops.allocation = over
+    assert stops.decide(2).stop == "the time limit of the job"
+    stops.rank = 1
+    assert stops.decide(3) == Decision()

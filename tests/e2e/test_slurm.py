@@ -1,0 +1,131 @@
+"""A real Slurm of two nodes: submitted, warned, requeued, resumed, cancelled; and ranks that are started by hand with srun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.cli import anyshard, environment, happened, steps
+from helpers.slurm import Cluster, slurm_cluster, why_not
+
+pytestmark = pytest.mark.e2e
+
+LONG = ["train.max_steps=100000", "train.eval_every_steps=0", "checkpoint.every_steps=0", "train.log_every_steps=10"]
+TWO_NODES = ["debug=smoke", "launch=slurm", "cluster=cpu", "launch.nodes=2", "launch.procs_per_node=1"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
+    try:
+        with slurm_cluster(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(cluster: Cluster, cwd: Path, *overrides: str) -> str:
+    """Submit a run as a person does; returns the job."""
+    done = anyshard("train", *TWO_NODES, "run.dir=run", *overrides, cwd=cwd, env=cluster.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = str(json.loads((cwd / "run/slurm.json").read_text())["job_id"])
+    assert f"job {job} is in the queue: 2 nodes x 1 ranks" in done.stdout
+    assert "anyshard runs tail" in done.stdout
+    return job
+
+
+def wait_for_step(run: Path, step: int, timeout_s: float = 90) -> None:
+    until = time.monotonic() + timeout_s
+    while not any(record["step"] >= step for record in steps(run)):
+        assert time.monotonic() < until, "\n".join(path.read_text()[-2000:] for path in run.glob("logs/slurm-*.log"))
+        time.sleep(0.1)
+
+
+def output(run: Path, job: str) -> str:
+    return (run / "logs" / f"slurm-{job}.log").read_text()
+
+
+@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+def test_a_warned_job_saves_goes_back_into_the_queue_and_continues(cluster, tmp_path, starter):
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, *LONG, f"launch.slurm.starter={starter}", "resume=never")
+    wait_for_step(run, 10)
+    again = anyshard("train", *TWO_NODES, "run.dir=run", *LONG, cwd=tmp_path, env=cluster.env)
+    assert again.returncode == 3
+    assert f"job {job} of this run is in the queue already (RUNNING n[1-2])" in again.stderr
+
+    cluster.run("scancel", "--batch", "--signal=USR2", job)  # as Slurm warns before the time limit, or when it preempts
+    cluster.wait_for(job, "PENDING")
+    stop = happened(run, "stop")[-1]
+    assert stop["reason"] == "signal SIGUSR2"
+    assert happened(run, "commit")[-1]["step"] == stop["step"]
+
+    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    wait_for_step(run, stop["step"] + 10)
+    restored = happened(run, "restore")
+    assert [event["step"] for event in restored] == [stop["step"]]
+    assert [event["world_size"] for event in happened(run, "start")] == [2, 2]
+
+    (run / "STOP").touch()  # a person's stop is no reason to go on
+    cluster.wait_for(job, "COMPLETED", "FAILED")
+    told = output(run, job)
+    assert "goes back into the queue: it stopped with its state saved (signal SIGUSR2)" in told
+    assert "the job ends here: it was asked to stop (file " in told
+    assert happened(run, "commit")[-1]["step"] > stop["step"]
+
+
+def test_scancel_saves_and_ends(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, *LONG)
+    wait_for_step(run, 10)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    until = time.monotonic() + 20
+    while not happened(run, "stop") and time.monotonic() < until:
+        time.sleep(0.1)
+    stop = happened(run, "stop")[-1]
+    assert stop["reason"] == "signal SIGTERM"
+    assert happened(run, "commit")[-1]["step"] == stop["step"]
+    assert cluster.state(job) == "CANCELLED"
+
+
+def test_srun_by_hand(cluster, tmp_path):
+    overrides = ["debug=smoke", "run.dir=run", "launch.nodes=2", "train.eval_every_steps=0"]
+    command = ["srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "anyshard.trainer.run", *overrides]
+    env = environment(**cluster.env)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert happened(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert happened(tmp_path / "run", "done")
+
+    wrong = {**env, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    command[1:1] = ["--kill-on-bad-exit=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=wrong, capture_output=True, text=True, timeout=120, check=False)
+    assert "the environment says RANK=0 of WORLD_SIZE=2, but srun says SLURM_PROCID=1" in done.stderr
+    assert done.returncode != 0
+
+
+def test_the_time_limit_is_read_by_itself(cluster, tmp_path):
+    """Ranks by hand, which nobody warns: they stop before the limit of their job."""
+    overrides = ["debug=smoke", "run.dir=run", *LONG, "launch.nodes=2", "stop.margin_s=45"]
+    command = ["srun", "-N2", "--ntasks-per-node=1", "--time=1", sys.executable, "-m", "anyshard.trainer.run", *overrides]
+    env = environment(**cluster.env)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert happened(tmp_path / "run", "stop")[0]["reason"] == "the time limit of the job"
+
+
+def test_nothing_of_the_cluster_is_left(cluster):
+    assert os.path.commonpath([cluster.folder, "/tmp"]) == "/tmp"
+    assert cluster.run("squeue", "-h") == ""

@@ -132,11 +132,11 @@ def _run_name(config: Config) -> Iterator[Problem]:
 
 
 def _available(config: Config) -> Iterator[Problem]:
-    for axis in ("tp", "pp", "sp"):
+    for axis, kind in (("pp", "pipeline"), ("sp", "sequence")):
         degree = getattr(config.parallel, axis)
         if degree > 1:
-            fix = f"Set parallel.{axis}=1; parallel.dp with zero=z1, z2 or z3 shards the model over all ranks."
-            yield Problem(f"parallel.{axis}", degree, "this version trains data-parallel only.", fix)
+            fix = f"Set parallel.{axis}=1; parallel.tp splits the layers, and zero=z1, z2 or z3 shards over parallel.dp."
+            yield Problem(f"parallel.{axis}", degree, f"this version has no {kind} parallelism.", fix)
     for kind in ("optimizer", "param"):
         if getattr(config.offload, kind) is Device.nvme:
             fix = "Use offload=cpu (optimizer state) or offload=cpu_param (parameters too)."

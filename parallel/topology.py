@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anyshard.configs.schema import Config
+
 AXES = ("tp", "sp", "pp", "dp")
 """Fastest-varying axis first."""
 
@@ -45,3 +47,15 @@ class Mesh:
         """Ranks that share every coordinate of `rank` but that of `axis`, in order."""
         here = self.coordinates(rank)
         return [self.rank(**{**here, axis: i}) for i in range(getattr(self, axis))]
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """Every group along an axis, in the order of its first rank."""
+        found = {tuple(self.group(axis, rank)): None for rank in range(self.world_size)}
+        return [list(members) for members in found]
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh of a configuration whose ranks are known (`world.resolve_ranks`)."""
+    parallel = config.parallel
+    assert isinstance(parallel.dp, int), "parallel.dp is auto"
+    return Mesh(parallel.dp, parallel.tp, parallel.pp, parallel.sp)

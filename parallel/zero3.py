@@ -12,6 +12,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
+from anyshard.parallel.groups import Groups
+
 
 class Zero3Partitioner:
     """Turns parameters that have their values into this rank's part of them; `deepspeed.initialize` then keeps them so.
@@ -21,6 +23,7 @@ class Zero3Partitioner:
     Args:
         ds_config: the DeepSpeed configuration that `deepspeed.initialize` will get.
         dtype: type of the parameters that will be given.
+        groups: over whose data-parallel ranks they are partitioned.
 
     Collective: every rank of the data-parallel group makes one and calls it with the same parameters in the same order; it
     blocks (rank 0 broadcasts each parameter).
@@ -29,10 +32,10 @@ class Zero3Partitioner:
     name used; parameter_offload.py:258 gives it the parameters that are not partitioned yet in the same way.
     """
 
-    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype, groups: Groups) -> None:
         self._dtype = dtype
         # given a module, if only an empty one, DeepSpeed replaces torch's linear by one that saves no gathered weight
-        self._init = Init(module=nn.Module(), config_dict_or_path=ds_config)
+        self._init = Init(module=nn.Module(), config_dict_or_path=ds_config, data_parallel_group=groups.dp, mpu=groups.mpu())
 
     def __call__(self, params: list[nn.Parameter]) -> None:
         """Partition `params`; those that are partitioned already stay."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from anyshard.configs import schema
 from anyshard.configs.errors import EnvError
+from anyshard.parallel.groups import Groups
 from anyshard.trainer.task import Batch
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,12 @@ class Engine:
 
     Attributes:
         ds: the `deepspeed.DeepSpeedEngine`; call it to run the model.
+        groups: where this rank stands.
     """
 
-    def __init__(self, ds: Any, *, stage: int, lr: float) -> None:
+    def __init__(self, ds: Any, *, stage: int, lr: float, groups: Groups) -> None:
         self.ds = ds
+        self.groups = groups
         self.stage = stage
         self._lr = lr
 
@@ -63,11 +66,15 @@ class Engine:
     def local_grad_norm(self) -> torch.Tensor | None:
         """Global gradient norm before clipping at stage 0, where DeepSpeed does not keep it; None at other stages.
 
-        Call it between the last backward of a step and `finish_micro_step`.
+        Call it between the last backward of a step and `finish_micro_step`. Collective under tensor parallelism.
         Source: deepspeed 0.19.8 runtime/engine.py:3510, `clip_fp32_gradients` drops the norm that it computes.
         """
         if self.stage != 0:
             return None
+        if self.groups.tp is not None:
+            from anyshard.parallel.tensor import counted_squares  # imports DeepSpeed
+
+            return counted_squares(self.ds.module.parameters(), self.groups).sqrt()
         return nn.utils.get_total_norm([p.grad for p in self.ds.module.parameters() if p.grad is not None])
 
     def grad_norm(self) -> float | None:
@@ -96,6 +103,7 @@ def build_engine(
     build_model: Callable[[], nn.Module],
     *,
     device: torch.device,
+    groups: Groups,
 ) -> Engine:
     """Build the model, its optimizer and the DeepSpeed engine around both.
 
@@ -104,18 +112,21 @@ def build_engine(
     import deepspeed
 
     from anyshard.configs.registry import lookup
+    from anyshard.parallel.tensor import is_embedding
     from anyshard.trainer.optim.groups import param_groups
 
     _quieten(logging.getLogger("DeepSpeed"))
     model = build_model()
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    groups = param_groups(model.named_parameters(), config.optimizer, embeddings)
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if is_embedding(module)}
+    optimized = param_groups(model.named_parameters(), config.optimizer, embeddings)
     build_optimizer = lookup("optimizer", config.optimizer.name, key="optimizer.name")
     offloaded = config.offload.optimizer is not schema.Device.none
-    optimizer = build_optimizer(groups, config.optimizer, offloaded=offloaded, device=device)
+    optimizer = build_optimizer(optimized, config.optimizer, offloaded=offloaded, device=device)
     _import_muon_as_written()
-    ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr)
+    ds_engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=groups.mpu()
+    )
+    return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups)
 
 
 def require_dtype(dtype: schema.Dtype) -> None:
@@ -165,15 +176,15 @@ def _import_muon_as_written() -> None:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean of a small tensor over all ranks, in place. Collective: every rank calls it; it blocks."""
+    """Mean of a small tensor over all ranks, in place; those that share their data have the same. Collective; it blocks."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum of a small tensor over all ranks, in place. Collective: every rank calls it; it blocks."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
+def sum_over_data(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Sum of a small tensor over the ranks that split the data, in place. Collective: every rank calls it; it blocks."""
+    if groups.mesh.dp > 1:
+        dist.all_reduce(values, group=groups.dp)
     return values

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from anyshard.trainer.engine import sum_over_ranks
+from anyshard.parallel.groups import Groups
+from anyshard.trainer.engine import sum_over_data
 from anyshard.trainer.task import Task
 
 
@@ -26,6 +26,7 @@ def evaluate(
     samples: int,
     micro_batch_size: int,
     device: torch.device,
+    groups: Groups,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Loss (and what `task.predict` reports) averaged over `samples` validation samples.
@@ -38,11 +39,11 @@ def evaluate(
 
     Collective: every rank calls it; it blocks.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dp_rank, dp = groups.dp_rank, groups.mesh.dp
     data = task.validation_data
     chosen = spread(samples, len(data))
-    mine = chosen[rank::world_size]
-    rounds = math.ceil(math.ceil(len(chosen) / world_size) / micro_batch_size)
+    mine = chosen[dp_rank::dp]
+    rounds = math.ceil(math.ceil(len(chosen) / dp) / micro_batch_size)
     sums: dict[str, torch.Tensor] = {}
     model.eval()
     with torch.no_grad():
@@ -62,7 +63,7 @@ def evaluate(
             on_batch()
     model.train()
     names = sorted(sums)
-    totals = sum_over_ranks(torch.stack([sums[name] for name in names]).to(device))
+    totals = sum_over_data(torch.stack([sums[name] for name in names]).to(device), groups)
     means = {name: float(total[0] / total[1]) for name, total in zip(names, totals, strict=True)}
     if task.perplexity:
         means["perplexity"] = math.exp(min(means["loss"], 700.0))  # exp overflows a double above 709

@@ -27,7 +27,9 @@ from anyshard.configs.writing import write_file
 from anyshard.offload.op_cache import needed_ops, op_env, remove_stale_locks, status
 from anyshard.offload.ops import build
 from anyshard.parallel import comm
+from anyshard.parallel.groups import Groups, create_groups
 from anyshard.parallel.rank_env import RankEnv, discover
+from anyshard.parallel.topology import mesh_of
 from anyshard.trainer import lm
 from anyshard.trainer.allocation import find_allocation
 from anyshard.trainer.batch import BatchPlan, plan_batch
@@ -188,7 +190,7 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
     launched = LAUNCHER_VARIABLE in os.environ
     with contextlib.nullcontext() if launched else only_run(run_dir, START_LOCK):
         frozen.check_run_dir(config, run_dir)
-        batch = plan_batch(config.train, rank.env.world_size)
+        batch = plan_batch(config.train, mesh_of(config).dp)
         held.enter_context(only_run(run_dir))
         frozen.freeze(config, overrides, run_dir)
         write_file(run_dir / "ds_config.json", json.dumps(compile_ds_config(config, batch), indent=2) + "\n")
@@ -199,7 +201,8 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
 
 def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals) -> Outcome:
     run_dir = frozen.run_dir_of(config)
-    batch = plan_batch(config.train, rank.env.world_size)
+    groups = create_groups(mesh_of(config), rank.env.rank)
+    batch = plan_batch(config.train, groups.mesh.dp)
     ds_config = compile_ds_config(config, batch)
     first = rank.env.rank == 0
     trackers = build_trackers(config, run_dir, rank=rank.env.rank)
@@ -215,14 +218,15 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
                 model_vocab_size = hf_config(config.model, config.data).get_text_config().vocab_size
                 lm.check_vocabulary(model_vocab_size, vocab_size(config.data), config.data.tokenizer)
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
-            task = lm.build_lm_task(config, splits, _model_builder(config, ds_config, rank, reporter.say if first else _silent))
+            builder = _model_builder(config, ds_config, rank, groups, reporter.say if first else _silent)
+            task = lm.build_lm_task(config, splits, builder)
             task.flops_per_token = _flops_per_token(config, run_dir) if first else None
             data_fingerprint = splits.fingerprint
             if first:
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
         else:
-            task = _fitted(task, ds_config, config)
-        engine = build_engine(config, ds_config, task.model, device=rank.device)
+            task = _fitted(task, ds_config, config, groups)
+        engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
         return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
 
 
@@ -254,7 +258,8 @@ def _train(
         bandwidth_mib_s=config.checkpoint.bandwidth_mib_s,
     )
     memory = _memory_of(config, rank, reporter) if config.checkpoint.ram_every_steps else None
-    seed_everything(config.seed, "train", rank.env.rank)
+    # the ranks that share their data drop the same activations
+    seed_everything(config.seed, "train", engine.groups.dp_rank)
     restored = _restore(config, manager, memory, engine, progress, callbacks, rank, reporter, data_fingerprint)
 
     model = describe_model(engine.ds.module)
@@ -280,7 +285,8 @@ def _train(
     last = None if restored is None or _is_in_memory(restored, memory) else (restored, progress.step)
     saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last, memory=memory)
     order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
-    loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=rank.env.rank, device=rank.device)
+    dp_rank = engine.groups.dp_rank
+    loader = Loader(task.train_data, collate=task.collate, order=order, batch=batch, dp_rank=dp_rank, device=rank.device)
     allocation = find_allocation(os.environ, config.stop.margin_s) if rank.env.rank == 0 else None
     stops = StopControl(config.stop, run_dir, signals, rank.control, rank.env.rank, rank.started_s, allocation)
     peak = device_peak_flops(config, rank.device)
@@ -378,7 +384,7 @@ def _restore(
     if restored.rank_meta and meta["layout"] == here:
         load_rng_state(restored.rank_meta["rng"])
     else:
-        seed_everything(config.seed, "train", rank.env.rank, progress.step)
+        seed_everything(config.seed, "train", engine.groups.dp_rank, progress.step)
         notes.append("random number generators of the ranks are seeded anew from the seed and the step (another layout)")
     if data_fingerprint != meta["data_fingerprint"]:
         notes.append("the data is not the data that the checkpoint was trained on")
@@ -446,11 +452,35 @@ def describe_layout(layout: dict[str, Any]) -> str:
 
 
 def _model_builder(
-    config: schema.Config, ds_config: dict[str, Any], rank: Rank, say: Callable[[str], None]
+    config: schema.Config, ds_config: dict[str, Any], rank: Rank, groups: Groups, say: Callable[[str], None]
 ) -> Callable[[], torch.nn.Module]:
     build = lookup("model", config.model.builder, key="model.builder")
-    dtype = torch_dtype(config)
-    return lambda: build(config, device=rank.device, dtype=dtype, partition=_partitioner(ds_config, config), say=say)
+    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
+
+    def whole() -> torch.nn.Module:
+        made: torch.nn.Module = build(config, device=rank.device, dtype=dtype, partition=partition(), say=say)
+        return made
+
+    def in_parts() -> torch.nn.Module:
+        if config.model.builder == "hf":
+            made: torch.nn.Module = build(
+                config, device=rank.device, dtype=dtype, partition=partition(), groups=groups, say=say
+            )
+            return made
+        return _split(build(config, device=rank.device, dtype=dtype, partition=None, say=say), config, groups, partition())
+
+    return whole if groups.tp is None else in_parts
+
+
+def _split(module: torch.nn.Module, config: schema.Config, groups: Groups, partition: Any) -> torch.nn.Module:
+    """A finished model, split over the ranks: by tensor parallelism, and under ZeRO-3 partitioned."""
+    if groups.tp is not None:
+        from anyshard.parallel.tensor import Sharder
+
+        Sharder(module, groups, config.model.name).shard_all()
+    if partition is not None:
+        partition(list(module.parameters()))
+    return module
 
 
 def _flops_per_token(config: schema.Config, run_dir: Path) -> float:
@@ -463,23 +493,25 @@ def _flops_per_token(config: schema.Config, run_dir: Path) -> float:
     return flops_per_token(table_of(model), config.data.sequence_length, recompute=config.train.activation_checkpointing)
 
 
-def _partitioner(ds_config: dict[str, Any], config: schema.Config) -> Any:
-    if config.zero.stage != 3:
-        return None
-    from anyshard.parallel.zero3 import Zero3Partitioner
+def _partitioner(ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Callable[[], Any]:
+    """Makes what partitions parameters under ZeRO-3; makes None at other stages."""
 
-    return Zero3Partitioner(ds_config, torch_dtype(config))
+    def make() -> Any:
+        if config.zero.stage != 3:
+            return None
+        from anyshard.parallel.zero3 import Zero3Partitioner
+
+        return Zero3Partitioner(ds_config, torch_dtype(config), groups)
+
+    return make
 
 
-def _fitted(task: Task, ds_config: dict[str, Any], config: schema.Config) -> Task:
+def _fitted(task: Task, ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Task:
     """A user's task in the type of the run: its batches cast, and under ZeRO-3 its parameters partitioned once built."""
-    dtype, partition = torch_dtype(config), _partitioner(ds_config, config)
+    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
 
     def build() -> torch.nn.Module:
-        model = task.model().to(dtype)
-        if partition is not None:
-            partition(list(model.parameters()))
-        return model
+        return _split(task.model().to(dtype), config, groups, partition())
 
     def collate(samples: list[Any]) -> Batch:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}

@@ -16,7 +16,7 @@ from anyshard.configs import schema
 from anyshard.configs.errors import TrainError
 from anyshard.trainer.batch import BatchPlan
 from anyshard.trainer.callbacks.base import Callbacks
-from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_ranks
+from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_data
 from anyshard.trainer.evaluate import evaluate
 from anyshard.trainer.metrics import Reporter, peak_memory_gib
 from anyshard.trainer.saves import Saves
@@ -163,7 +163,7 @@ class Trainer:
         if self.task.num_targets is None:
             return [None] * len(micro_batches)
         counts = torch.stack([self.task.num_targets(micro_batch) for micro_batch in micro_batches]).to(torch.float32)
-        total = sum_over_ranks(counts.sum())
+        total = sum_over_data(counts.sum(), self.engine.groups)
         return counts * (self.batch.accumulation_steps * self.batch.dp) / total.clamp(min=1)
 
     def _log(self, losses: list[Tensor], lr: float, norm: Tensor | float | None) -> dict[str, Any]:
@@ -261,6 +261,7 @@ class Trainer:
             micro_batch_size=self.batch.micro_batch_size,
             device=self.device,
             on_batch=self._watchdog.beat,
+            groups=self.engine.groups,
         )
         self.outcome.evaluation = self.progress.evaluation = numbers
         record = {

@@ -31,6 +31,15 @@ def _ds_config(stage: int, dtype: str = "fp32") -> dict[str, Any]:
     }
 
 
+def _world() -> Any:
+    import torch.distributed as dist
+
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.topology import Mesh
+
+    return create_groups(Mesh(dp=dist.get_world_size()), dist.get_rank())
+
+
 def _engine(family: str, stage: int, dtype: str = "fp32") -> Any:
     import deepspeed
     import torch
@@ -40,7 +49,7 @@ def _engine(family: str, stage: int, dtype: str = "fp32") -> Any:
 
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     ds_config = _ds_config(stage, dtype)
-    partition = Zero3Partitioner(ds_config, torch_dtype) if stage == 3 else None
+    partition = Zero3Partitioner(ds_config, torch_dtype, _world()) if stage == 3 else None
     model = build(small_config(family), device=torch.device("cpu"), dtype=torch_dtype, partition=partition)
     if stage == 3:
         assert all(param.numel() == 0 and param.ds_tensor is not None for param in model.parameters())
@@ -130,7 +139,7 @@ def _peak_growth_mib(partitioned: bool, model: dict[str, Any]) -> tuple[float, f
     init = schema.Init.pretrained if "path" in model else schema.Init.random
     config = small_config("llama", init=init, **{"config": {}, **model})
     table = table_of(build(config, device=torch.device("meta"), dtype=torch.float32))
-    partition = Zero3Partitioner(_ds_config(3), torch.float32) if partitioned else None
+    partition = Zero3Partitioner(_ds_config(3), torch.float32, _world()) if partitioned else None
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def sample() -> None:

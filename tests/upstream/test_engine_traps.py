@@ -60,9 +60,12 @@ def _norm_after_a_step(ds_config: dict[str, Any]) -> tuple[float | None, float |
     import torch
     import torch.distributed as dist
 
+    from anyshard.parallel.groups import Groups
+    from anyshard.parallel.topology import Mesh
     from anyshard.trainer.engine import Engine
 
-    engine = Engine(_initialize(ds_config), stage=ds_config["zero_optimization"]["stage"], lr=0.1)
+    groups = Groups(Mesh(dist.get_world_size()), dist.get_rank())
+    engine = Engine(_initialize(ds_config), stage=ds_config["zero_optimization"]["stage"], lr=0.1, groups=groups)
     x = torch.full((1, 4), float(dist.get_rank() + 1))
     loss = engine.ds(x).sum()
     engine.ds.backward(loss)

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 
 from anyshard.configs.errors import CheckpointError
+from anyshard.parallel.part import part_of
 from anyshard.trainer.checkpoint.boxes import Box, full_box
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Tensor
 
@@ -43,10 +44,12 @@ class Slot:
     """The part of one parameter that this rank holds at the highest precision.
 
     Attributes:
-        start: its first element, counted in the row-major order of the global parameter.
+        shape: of the global parameter.
+        start: its first element, counted in the row-major order of the shard.
         flat: the tensor that holds it, at `[offset, offset + numel)` of its elements.
         owner: `flat` as the optimizer knows it (the key of its state); None for a parameter that it does not step.
-        replicated: every rank holds the same.
+        replicated: every rank of the data-parallel group holds the same.
+        shard: the box of the global parameter that tensor parallelism gave this rank; None for the whole.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Slot:
     offset: int
     owner: torch.Tensor | None
     replicated: bool
+    shard: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,26 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def shape_of(param: torch.Tensor) -> tuple[int, ...]:
-    """Global shape of a parameter, also where ZeRO-3 holds a part of it."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    """Global shape of a parameter, also where tensor parallelism or ZeRO-3 left a part of it here."""
+    part = part_of(param)
+    return tuple(getattr(param, "ds_shape", param.shape)) if part is None else part.shape
 
 
-def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Canonical name -> parameter, each once; parameters without elements have nothing to store."""
-    return {name: param for name, param in module.named_parameters() if math.prod(shape_of(param))}
+def _shard_of(param: torch.Tensor) -> Box | None:
+    part = part_of(param)
+    return None if part is None else part.box
+
+
+def parameters(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameter -> canonical name, each once; those without elements have nothing to store.
+
+    Several may be parts of one global parameter, and have its name.
+    """
+    return {
+        param: name if (part := part_of(param)) is None else part.name
+        for name, param in module.named_parameters()
+        if math.prod(shape_of(param))
+    }
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
@@ -134,7 +151,7 @@ def buffer_places(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def global_tensors(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
     """(name, state key) -> global shape of everything that a checkpoint of this model must hold."""
-    shapes = {(name, PARAM): shape_of(param) for name, param in parameters(module).items()}
+    shapes = {(name, PARAM): shape_of(param) for param, name in parameters(module).items()}
     return shapes | {(name, BUFFER): tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
 
@@ -149,8 +166,7 @@ def slots(engine: Any) -> list[Slot]:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizer = engine.optimizer
-    params = parameters(engine.module)
-    names = {param: name for name, param in params.items()}
+    names = parameters(engine.module)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
         found = list(_flat_partition_slots(groups, flats, names))
@@ -169,7 +185,7 @@ def slots(engine: Any) -> list[Slot]:
             "Use zero=z1 for a 16-bit run (at dp 1 it costs nothing more)."
         )
     stepped = {id(param) for group in groups for param in group}
-    return found + [_unstepped(name, param) for name, param in params.items() if id(param) not in stepped]
+    return found + [_unstepped(name, param) for param, name in names.items() if id(param) not in stepped]
 
 
 def _flat_partition_slots(groups: Any, flats: Any, names: dict[nn.Parameter, str]) -> Iterator[Slot]:
@@ -179,7 +195,8 @@ def _flat_partition_slots(groups: Any, flats: Any, names: dict[nn.Parameter, str
             mapping = param._hp_mapping
             if mapping is not None:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Slot(names[param], shape_of(param), there.start, there.numel, flat, here.start, flat, replicated=False)
+                place = (there.start, there.numel, flat, here.start)
+                yield Slot(names[param], shape_of(param), *place, flat, replicated=False, shard=_shard_of(param))
 
 
 def _stage3_slots(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Slot]:
@@ -189,7 +206,8 @@ def _stage3_slots(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Sl
             _, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
             start, numel = _part_of(param)
             if numel:
-                yield Slot(names[param], shape_of(param), start, numel, flat, offset, flat, replicated=False)
+                place = (start, numel, flat, offset)
+                yield Slot(names[param], shape_of(param), *place, flat, replicated=False, shard=_shard_of(param))
 
 
 def _part_of(param: Any) -> tuple[int, int]:
@@ -199,7 +217,7 @@ def _part_of(param: Any) -> tuple[int, int]:
 
 
 def _whole(name: str, param: torch.Tensor, *, owner: torch.Tensor | None) -> Slot:
-    return Slot(name, shape_of(param), 0, param.numel(), param, 0, owner, replicated=True)
+    return Slot(name, shape_of(param), 0, param.numel(), param, 0, owner, replicated=True, shard=_shard_of(param))
 
 
 def _unstepped(name: str, param: Any) -> Slot:
@@ -207,7 +225,8 @@ def _unstepped(name: str, param: Any) -> Slot:
     if not hasattr(param, "ds_tensor"):
         return _whole(name, param, owner=None)
     start, numel = _part_of(param)
-    return Slot(name, shape_of(param), start, numel, param.ds_tensor, 0, None, replicated=False)
+    place = (start, numel, param.ds_tensor, 0)
+    return Slot(name, shape_of(param), *place, None, replicated=False, shard=_shard_of(param))
 
 
 def view_of(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
@@ -224,13 +243,13 @@ def view_of(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
 def param_fragment(slot: Slot) -> Fragment:
     """The value of the parameter itself."""
     tensor = Tensor(slot.name, PARAM, dtype_name(slot.flat.dtype), slot.shape)
-    return Fragment(tensor, slot.start, view_of(slot, slot.flat), slot.replicated, owner=slot.owner)
+    return Fragment(tensor, slot.start, view_of(slot, slot.flat), slot.replicated, slot.shard, slot.owner)
 
 
 def state_fragment(slot: Slot, key: str, state: torch.Tensor) -> Fragment:
     """A tensor state of the optimizer."""
     tensor = Tensor(slot.name, key, dtype_name(state.dtype), slot.shape)
-    return Fragment(tensor, slot.start, view_of(slot, state), slot.replicated, owner=slot.owner)
+    return Fragment(tensor, slot.start, view_of(slot, state), slot.replicated, slot.shard, slot.owner)
 
 
 def buffer_fragments(module: nn.Module) -> list[Fragment]:
@@ -247,6 +266,27 @@ def buffer_fragment(name: str, buffer: torch.Tensor) -> Fragment:
     shape = tuple(buffer.shape)
     slot = Slot(name, shape, 0, buffer.numel(), buffer, 0, None, replicated=False)
     return Fragment(Tensor(name, BUFFER, dtype_name(buffer.dtype), shape), 0, view_of(slot, buffer), False)
+
+
+def left_to_others(engine: Any) -> set[tuple[str, Box | None]]:
+    """(name, shard) of what this rank holds and another of its tensor-parallel group writes.
+
+    Of the ranks that hold the same part each writes some of them, about the same number of elements.
+    """
+    if engine.mpu is None:
+        return set()
+    tp, rank = engine.mpu.get_tensor_model_parallel_world_size(), engine.mpu.get_tensor_model_parallel_rank()
+    written: dict[int, list[int]] = {}  # number of holders -> elements that each of them writes
+    left: set[tuple[str, Box | None]] = set()
+    for param, name in parameters(engine.module).items():
+        part = part_of(param)
+        holders = tuple(range(tp)) if part is None else part.holders
+        loads = written.setdefault(len(holders), [0] * len(holders))
+        writer = loads.index(min(loads))
+        loads[writer] += math.prod(shape_of(param))
+        if holders[writer] != rank:
+            left.add((name, _shard_of(param)))
+    return left
 
 
 def release_gathered(engine: Any) -> None:
@@ -278,7 +318,7 @@ def describe(engine: Any) -> dict[str, Any]:
     tiers = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_param}
     return {
         "dp": engine.dp_world_size,
-        "tp": 1,
+        "tp": engine.mp_world_size,
         "pp": 1,
         "sp": 1,
         "zero": int(engine.zero_optimization_stage()),

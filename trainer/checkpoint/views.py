@@ -55,7 +55,7 @@ class Views:
             CheckpointError: the layout of the engine is not known, or a state cannot be cut as its parameter is.
         """
         optimizer, slots = layout.inner_optimizer(engine), layout.slots(engine)
-        mine = fragments_to_write(optimizers.fragments(slots, optimizer), rank, world_size)
+        mine = to_write(engine, optimizers.fragments(slots, optimizer), rank, world_size)
         names = {fragment.tensor.name for fragment in mine}
         flats = {id(slot.flat): slot.flat for slot in slots}
         owners: dict[int, tuple[torch.Tensor, list[str]]] = {}
@@ -89,6 +89,15 @@ class Views:
         places = [(name, module._buffers[key]) for name, module, key in self.buffers]
         found = [layout.buffer_fragment(name, buffer) for name, buffer in places if buffer is not None]
         return [dataclasses.replace(fragment, view=fragment.view.clone()) for fragment in found]
+
+
+def to_write(engine: Any, held: list[layout.Fragment], rank: int, world_size: int) -> list[layout.Fragment]:
+    """What this rank writes of what it holds, so that over all ranks every element is written once."""
+    if engine.mpu is not None:
+        left = layout.left_to_others(engine)
+        held = [fragment for fragment in held if (fragment.tensor.name, fragment.shard) not in left]
+        rank, world_size = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
+    return fragments_to_write(held, rank, world_size)
 
 
 def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, initialization
 from anyshard.configs.errors import ConfigError, Problem
 
 Partition = Callable[[list[nn.Parameter]], None]
+Place = Callable[[list[str], nn.Parameter], list[nn.Parameter]]
 
 
 @dataclass
@@ -52,14 +53,22 @@ class Filler:
 
     Args:
         dtype: type of the parameters; buffers keep theirs.
-        partition: called with the new parameters of a module as soon as they have their values (ZeRO-3).
+        place: called with the names and the parameter as soon as it has its values; cuts it (tensor parallelism) and returns
+            what it became.
+        partition: called with the new parameters of a module after that (ZeRO-3).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype, partition: Partition | None
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        partition: Partition | None,
+        place: Place | None = None,
     ) -> None:
         self.model = model
-        self.device, self.dtype, self.partition = device, dtype, partition
+        self.device, self.dtype, self.partition, self.place = device, dtype, partition, place
         self.slots = _find_slots(model)
         self._lines = {id(module): line for module, line in _lines(model)}
 
@@ -68,7 +77,10 @@ class Filler:
         for slot in slots:
             dtype = self.dtype if slot.is_parameter and slot.tensor.is_floating_point() else slot.tensor.dtype
             slot.tensor.data = slot.tensor.data.to(self.device, dtype)
-        params = [slot.tensor for slot in slots if isinstance(slot.tensor, nn.Parameter)]
+        params: list[nn.Parameter] = []
+        for slot in slots:
+            if isinstance(slot.tensor, nn.Parameter):
+                params += [slot.tensor] if self.place is None else self.place(slot.names, slot.tensor)
         if self.partition is not None and params:
             self.partition(params)
 

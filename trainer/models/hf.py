@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
+from anyshard.parallel.groups import Groups
+from anyshard.parallel.tensor import Sharder
 from anyshard.trainer.models.fill import Filler, Partition
 from anyshard.trainer.models.pretrained import load, local_path
 
@@ -47,6 +49,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     partition: Partition | None = None,
+    groups: Groups | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
     """Build the model of `config.model` with its weights in `dtype` on `device`, ready to train.
@@ -63,6 +66,7 @@ def build(
     Args:
         device: where the parameters go; on the meta device nothing is filled.
         partition: ZeRO-3: called with the parameters of one module after another, turns each into this rank's share.
+        groups: whose tensor-parallel ranks share the model; None for a whole one.
         say: prints a line about what takes time.
 
     Collective: every rank calls it where `partition` communicates.
@@ -80,11 +84,15 @@ def build(
         )
     model = _on_meta(hf, config.model)
     if device.type != "meta":
-        filler = Filler(model, device=device, dtype=dtype, partition=partition)
+        sharder = Sharder(model, groups, config.model.name) if groups is not None and groups.tp is not None else None
+        place = None if sharder is None else sharder.place
+        filler = Filler(model, device=device, dtype=dtype, partition=partition, place=place)
         if pretrained:
             load(filler, str(config.model.path), seed=config.seed, say=say)
         else:
             filler.init(filler.slots, config.seed)
+        if sharder is not None:
+            sharder.finish()
     if config.train.activation_checkpointing:
         with _refused("train.activation_checkpointing", True):
             # transformers 5.23 renamed it, and warns of the old name

@@ -143,6 +143,13 @@ def _available(config: Config) -> Iterator[Problem]:
             yield Problem(f"offload.{kind}", "nvme", "this version offloads to host memory only.", fix)
 
 
+def _order(config: Config) -> Iterator[Problem]:
+    order, axes = config.parallel.order, ["tp", "sp", "pp", "dp"]
+    if sorted(order) != sorted(axes):
+        reason = "every axis must be in it once."
+        yield Problem("parallel.order", order, reason, f"Give tp, sp, pp and dp in some order, such as [{','.join(axes)}].")
+
+
 def _world(config: Config) -> Iterator[Problem]:
     world, parallel = world_size(config), config.parallel
     if world is None:
@@ -359,6 +366,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _names,
     _run_name,
     _available,
+    _order,
     _world,
     _batch,
     _precision,

@@ -156,6 +156,9 @@ class Parallel:
     tp: int = key(1, "Tensor-parallel degree.", ge=1)
     pp: int = key(1, "Pipeline-parallel degree (stages).", ge=1)
     sp: int = key(1, "Sequence-parallel degree.", ge=1)
+    order: list[str] = key(
+        ["tp", "sp", "pp", "dp"], "Axes in the order in which ranks are numbered: those of the first are neighbours."
+    )
 
 
 @dataclass

@@ -69,11 +69,16 @@ def train(
 
 
 @app.command()
-def plan(overrides: Overrides = None, config_dir: ConfigDir = None, as_json: AsJson = False) -> None:
+def plan(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    as_json: AsJson = False,
+    mesh: Annotated[bool, typer.Option("--mesh", help="Only draw which rank is where.")] = False,
+) -> None:
     """Parameters, memory of a rank, batch arithmetic and the DeepSpeed configuration, before anything starts."""
     from anyshard.launch import plan as command
 
-    raise typer.Exit(command.run(overrides or [], config_dir=config_dir, as_json=as_json))
+    raise typer.Exit(command.run(overrides or [], config_dir=config_dir, as_json=as_json, mesh=mesh))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anyshard import parallel
 from anyshard.configs import rules, schema
 from anyshard.configs.compose import compose
 from anyshard.configs.errors import ConfigError, LaunchError, PlanError
@@ -26,12 +28,14 @@ from anyshard.configs.world import dp_size, resolve_world
 from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
 from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory, staging_bytes
+from anyshard.parallel.split import split_problems
+from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.data.vocabulary import tokenizer_ids
 from anyshard.trainer.ds_config import compile_ds_config, merged_overrides
 from anyshard.trainer.flops import flops_per_token
-from anyshard.trainer.models.param_table import ParamTable, read_answer, request
+from anyshard.trainer.models.param_table import TABLE_FORMAT, Param, ParamTable, read_answer, request
 from anyshard.trainer.optim.states import state_bytes_per_param
 
 
@@ -63,7 +67,9 @@ class Plan:
         """As written to plan.json."""
         return {
             "num_params": self.table.num_params,
-            "world_size": self.batch.dp,
+            "world_size": mesh_of(self.config).world_size,
+            "mesh": {axis: getattr(self.config.parallel, axis) for axis in ("dp", "tp", "pp", "sp")},
+            "splits": self._splits(),
             "batch": asdict(self.batch),
             "memory_bytes_per_rank": self.memory.to_dict(),
             "device_limit_bytes": self.device_limit_bytes,
@@ -75,7 +81,7 @@ class Plan:
     def show(self, console: Console | None = None) -> None:
         """Print the plan for people."""
         console = console or make_console()
-        for table in (self._summary(), self._memory_table(console.is_terminal), self._largest_parameters()):
+        for table in (self._summary(), self._memory_table(console.is_terminal), self._parameters()):
             console.print(table)
         for key, ours, theirs in merged_overrides(self.config, self.batch):
             console.print(f"deepspeed_extra overrides {key}: {ours!r} -> {theirs!r}", markup=False)
@@ -91,7 +97,7 @@ class Plan:
             ),
             (
                 "ranks",
-                f"{config.launch.nodes} nodes x {config.launch.procs_per_node} = dp {batch.dp}, ZeRO {config.zero.stage}",
+                f"{config.launch.nodes} nodes x {config.launch.procs_per_node} = {_axes(config)}, ZeRO {config.zero.stage}",
             ),
             ("offload", f"optimizer {config.offload.optimizer.value}, parameters {config.offload.param.value}"),
             ("precision", f"{config.precision.dtype.value}, masters fp32"),
@@ -136,14 +142,72 @@ class Plan:
         table.caption_justify = "left"
         return table
 
+    def _splits(self) -> dict[str, list[list[int]]]:
+        """Parameter -> shape of what each tensor-parallel rank holds of it; empty without tensor parallelism."""
+        tp = self.config.parallel.tp
+        return {param.name: local_shapes(param, tp) for param in self.table.params} if tp > 1 else {}
+
+    def _parameters(self) -> Table:
+        return self._largest_parameters() if self.config.parallel.tp == 1 else self._split_parameters()
+
+    def _split_parameters(self) -> Table:
+        """How every parameter is split over the tensor-parallel ranks; layers that are alike in one row."""
+        tp = self.config.parallel.tp
+        title = f"parameters: {len(self.table.params)} tensors over tp {tp}, by {self.table.split_source}"
+        table = Table(title=title, title_justify="left")
+        for column in ("name", "shape", "cut", "on each rank"):
+            table.add_column(column)
+        alike: dict[tuple[str, ...], int] = {}
+        for param in self.table.params:
+            row = (re.sub(r"\.\d+(?=\.)", ".*", param.name), by(param.shape), *_cut(param, tp))
+            alike[row] = alike.get(row, 0) + 1
+        for (name, *cells), count in alike.items():
+            table.add_row(name if count == 1 else f"{name} ({count}x)", *cells)
+        return table
+
     def _largest_parameters(self, limit: int = 8) -> Table:
         table = Table(title=f"parameters: {len(self.table.params)} tensors, the largest", title_justify="left")
         table.add_column("name")
         table.add_column("shape")
         table.add_column("elements", justify="right")
         for param in sorted(self.table.params, key=lambda p: -p.numel)[:limit]:
-            table.add_row(param.name, " x ".join(map(str, param.shape)), f"{param.numel:,}")
+            table.add_row(param.name, by(param.shape), f"{param.numel:,}")
         return table
+
+
+def by(shape: Sequence[int]) -> str:
+    """A shape for people: "64 x 32"."""
+    return " x ".join(map(str, shape))
+
+
+def local_shapes(param: Param, tp: int) -> list[list[int]]:
+    """Shape of what each of `tp` ranks holds of a parameter."""
+    if param.split is None:
+        return [list(param.shape)] * tp
+    dim = param.split.dim
+    return [[*param.shape[:dim], size, *param.shape[dim + 1 :]] for size in param.split.sizes(tp)]
+
+
+def _cut(param: Param, tp: int) -> tuple[str, str]:
+    """Where a parameter is cut, and the shapes that come of it."""
+    if param.split is None:
+        return ("whole, gradients summed" if param.summed else "whole"), by(param.shape)
+    blocks = " + ".join(str(block.size) for block in param.split.blocks) if len(param.split.blocks) > 1 else ""
+    shared = any(block.shared and block.num_units < tp for block in param.split.blocks)
+    where = f"dim {param.split.dim}" + (f" ({blocks})" if blocks else "") + (", shared" if shared else "")
+    return where, ", ".join(dict.fromkeys(map(by, local_shapes(param, tp))))
+
+
+def _axes(config: schema.Config) -> str:
+    parallel = config.parallel
+    return " x ".join(f"{a} {getattr(parallel, a)}" for a in ("dp", "tp", "pp", "sp") if a == "dp" or getattr(parallel, a) > 1)
+
+
+def mesh_lines(config: schema.Config) -> list[str]:
+    """Which rank is where, on which node."""
+    mesh, each = mesh_of(config), int(config.launch.procs_per_node)
+    hosts = [f"node {rank // each}" for rank in range(mesh.world_size)]
+    return [f"{mesh.world_size} ranks, {each} on a node: {_axes(config)}", *shorten(draw(mesh, hosts))]
 
 
 def plan(config: schema.Config) -> Plan:
@@ -158,13 +222,16 @@ def plan(config: schema.Config) -> Plan:
     table = param_table(config)
     ids = tokenizer_ids(config.data.tokenizer)
     problems = list(rules.check_dimensions(config, table.max_positions, table.vocab_size or None, ids))
+    tp = config.parallel.tp
+    splits = [(param.name, param.split) for param in table.params if param.split is not None]
+    problems += split_problems(table.unsplittable, splits, tp, str(config.model.name))
     if problems:
         raise ConfigError(problems)
     dp = dp_size(config)
     assert dp is not None, "rules.require accepted a world that cannot be divided"
     batch = plan_batch(config.train, dp)
     shape = ModelShape(
-        num_params=table.num_trainable,
+        num_params=sum(param.local_numel(tp) for param in table.params if param.trainable),
         num_layers=table.num_layers,
         hidden_size=table.hidden_size,
         intermediate_size=table.intermediate_size * max(1, table.experts_per_token),
@@ -177,6 +244,7 @@ def plan(config: schema.Config) -> Plan:
         state_bytes=_state_bytes(config),
         optimizer_on_host=config.offload.optimizer is schema.Device.cpu,
         params_on_host=config.offload.param is schema.Device.cpu,
+        tp=tp,
     )
     recompute = config.train.activation_checkpointing
     memory = plan_memory(
@@ -242,7 +310,9 @@ def param_table(config: schema.Config) -> ParamTable:
         data = schema.Data(sequence_length=data.sequence_length)
     question = request(config.model, data)
     local = Path(config.model.path).exists() if config.model.path else False
-    key = hashlib.blake2b(f"{question} {version('transformers')}".encode(), digest_size=16).hexdigest()
+    plans = "".join(path.read_text() for path in sorted(Path(parallel.__path__[0], "plans").glob("*.yaml")))
+    asked = f"{TABLE_FORMAT} {question} {version('transformers')} {plans}"
+    key = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
     cached = cache_dir() / "params" / f"{key}.json"
     if cached.exists() and not local:  # a local path may hold another model tomorrow
         return ParamTable.from_json(cached.read_text())
@@ -264,13 +334,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ANYSHARD_CACHE", "~/.cache/anyshard")).expanduser()
 
 
-def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool) -> int:
+def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mesh: bool = False) -> int:
     """`anyshard plan`; returns 0 when it fits.
+
+    Args:
+        mesh: only draw which rank is where.
 
     Raises:
         PlanError: it does not fit.
     """
     config = compose(overrides, config_dir=config_dir)
+    if mesh:
+        config = resolve_world(config, find_hardware().num_gpus)
+        rules.require(config)
+        print("\n".join(mesh_lines(config)))
+        return 0
     planned = plan(config)
     if as_json:
         import json
@@ -297,7 +375,7 @@ def advice(planned: Plan) -> str:
         knobs.append("offload=cpu")
     elif config.offload.param is schema.Device.none:
         knobs.append("zero=z3 offload=cpu_param")
-    knobs.append("more ranks")
+    knobs.append("more ranks" if config.parallel.tp > 1 else "parallel.tp=2 or more ranks")
     if planned.memory.host_bytes > planned.host_limit_bytes:
         need, have = planned.memory.host_bytes / GIB, planned.host_limit_bytes / GIB
         less = "checkpoint.ram_every_steps=0, " if planned.memory.shared_memory else ""

@@ -22,7 +22,7 @@ class ModelShape:
     """What memory depends on.
 
     Attributes:
-        num_params: trainable elements, tied ones once.
+        num_params: trainable elements of one tensor-parallel rank, tied ones once.
         intermediate_size: width of the feed-forward layer (summed over the experts that a token visits).
     """
 
@@ -38,6 +38,7 @@ class Layout:
     """What is divided over what.
 
     Attributes:
+        tp: ranks that share the layers; `ModelShape.num_params` counts one rank's part already.
         state_bytes: optimizer state of one element beside its master (8 for AdamW).
         optimizer_on_host, params_on_host: offloaded to CPU memory.
     """
@@ -48,6 +49,7 @@ class Layout:
     state_bytes: int
     optimizer_on_host: bool = False
     params_on_host: bool = False
+    tp: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,18 @@ def model_state_bytes(num_params: int, layout: Layout) -> tuple[float, float, fl
     )
 
 
-def activation_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, recompute: bool) -> int:
+def activation_bytes(
+    shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, recompute: bool, tp: int = 1
+) -> int:
     """Bytes of activations kept for the backward pass of one micro-batch.
 
     One layer keeps, per token: the inputs of both norms and of both blocks (4 h), q, k, v and the attention output (4 h), and
     the feed-forward inputs (3 f for a gated one). With recomputation only each layer's input, and one whole layer at a time.
+    Tensor parallelism divides what is inside the two blocks; their inputs are whole on every rank.
     """
     tokens, size = micro_batch_size * sequence_length, BYTES[dtype]
-    layer = tokens * size * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    inside = 4 * shape.hidden_size + 3 * shape.intermediate_size
+    layer = tokens * size * (4 * shape.hidden_size + inside // tp)
     if recompute:
         return shape.num_layers * tokens * size * shape.hidden_size + layer
     return shape.num_layers * layer
@@ -151,7 +157,12 @@ def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, seq
         gradients=round(gradients),
         optimizer=round(optimizer),
         activations=activation_bytes(
-            shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype, recompute=recompute
+            shape,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            dtype=layout.dtype,
+            recompute=recompute,
+            tp=layout.tp,
         ),
         logits=logits_bytes(shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype),
         optimizer_on_host=layout.optimizer_on_host,

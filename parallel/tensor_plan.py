@@ -235,20 +235,16 @@ def _split_vocabulary(model: Any, plan: TensorPlan) -> None:
         plan.layers[names[id(head)]] = Layer("gather", (Block(head.weight.shape[0]),))
 
 
-def _is_plain_embedding(embedding: nn.Module) -> bool:
+def _is_plain_embedding(embedding: Any) -> bool:
     """Whether DeepSpeed's vocabulary-parallel embedding does what this one does.
 
     Source: deepspeed 0.19.8 module_inject/layers.py:1110, `VocabParallelEmbedding.validate_embedding`.
     """
-    from deepspeed.module_inject.layers import VocabParallelEmbedding
-
-    if not isinstance(embedding, nn.Embedding):
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         return False
-    try:
-        VocabParallelEmbedding.validate_embedding(embedding)
-    except NotImplementedError:
+    if embedding.scale_grad_by_freq or embedding.sparse:
         return False
-    return True
+    return type(embedding).forward is nn.Embedding.forward or type(embedding).__name__ == "Gemma3TextScaledWordEmbedding"
 
 
 def _unbalanced(plan: TensorPlan) -> str | None:

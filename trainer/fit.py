@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from anyshard.offload.ops import build
 from anyshard.parallel import comm
 from anyshard.parallel.groups import Groups, create_groups
 from anyshard.parallel.rank_env import RankEnv, discover
-from anyshard.parallel.topology import mesh_of
+from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer import lm
 from anyshard.trainer.allocation import find_allocation
 from anyshard.trainer.batch import BatchPlan, plan_batch
@@ -209,7 +210,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
     with Reporter(run_dir, rank=rank.env.rank, max_steps=config.train.max_steps, trackers=trackers) as reporter:
         reporter.event("start", world_size=rank.env.world_size, zero=config.zero.stage, pid=os.getpid())
         what = f"{config.model.name} on {config.data.name}" if task is None else "a model and data of your own"
-        reporter.say(_banner(config, what, batch, rank))
+        reporter.say("\n".join([_banner(config, what, batch, rank), *_drawn_mesh(groups, rank)]))
         require_dtype(config.precision.dtype)
         seed_everything(config.seed, "model")
         data_fingerprint = None
@@ -534,6 +535,15 @@ def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> s
             f"run directory: {frozen.run_dir_of(config)}",
         ]
     )
+
+
+def _drawn_mesh(groups: Groups, rank: Rank) -> list[str]:
+    """Which rank is where, on which host; nothing for data parallelism alone. Collective."""
+    if groups.tp is None:
+        return []
+    hosts: list[str] = [""] * rank.env.world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=rank.control)
+    return [f"  {line}" for line in shorten(draw(groups.mesh, hosts))]
 
 
 def _silent(text: str) -> None:

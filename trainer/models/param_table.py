@@ -16,15 +16,32 @@ from typing import Any
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.keys import plain
+from anyshard.parallel.split import Block, Split
+
+TABLE_FORMAT = 2
+"""Counted up when the table changes: tables are cached."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: its canonical name and global shape."""
+    """One parameter: its canonical name and global shape.
+
+    Attributes:
+        split: how tensor parallelism cuts it; None: every rank holds all of it.
+        summed: tensor-parallel ranks see a part of the activations with it, so that its gradients are summed.
+    """
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
+    split: Split | None = None
+    summed: bool = False
+
+    def local_numel(self, tp: int) -> int:
+        """Elements on the tensor-parallel rank that holds most of it."""
+        if tp == 1 or self.split is None:
+            return self.numel
+        return self.numel // self.shape[self.split.dim] * max(self.split.sizes(tp))
 
     @property
     def numel(self) -> int:
@@ -43,6 +60,8 @@ class ParamTable:
         expert_names: parameters of routed experts, of which `experts_per_token / num_experts` are active for a token.
         num_experts: 0 where the model has no routed experts.
         max_positions: longest sequence; None where the model sets no bound.
+        split_source: where the splits are from.
+        unsplittable: why tensor parallelism cannot split the model; None where it can.
     """
 
     params: tuple[Param, ...]
@@ -60,6 +79,8 @@ class ParamTable:
     max_positions: int | None
     num_experts: int
     experts_per_token: int
+    split_source: str
+    unsplittable: str | None
 
     @property
     def num_params(self) -> int:
@@ -99,10 +120,15 @@ class ParamTable:
     def from_json(cls, text: str) -> ParamTable:
         """The table that `to_json` wrote."""
         raw: dict[str, Any] = json.loads(text)
-        raw["params"] = tuple(Param(p["name"], tuple(p["shape"]), p["trainable"]) for p in raw["params"])
+        raw["params"] = tuple(_param(param) for param in raw["params"])
         raw["tied"] = tuple((other, name) for other, name in raw["tied"])
         raw["embedding_names"], raw["expert_names"] = tuple(raw["embedding_names"]), tuple(raw["expert_names"])
         return cls(**raw)
+
+
+def _param(raw: dict[str, Any]) -> Param:
+    split = raw["split"] and Split(raw["split"]["dim"], tuple(Block(**block) for block in raw["split"]["blocks"]))
+    return Param(raw["name"], tuple(raw["shape"]), raw["trainable"], split, raw["summed"])
 
 
 def request(model: schema.Model, data: schema.Data) -> str:

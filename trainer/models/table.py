@@ -14,6 +14,7 @@ from torch import nn
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError
 from anyshard.configs.registry import lookup
+from anyshard.parallel.tensor_plan import tensor_plan
 from anyshard.trainer.models import param_table
 
 
@@ -22,11 +23,18 @@ def table_of(model: nn.Module) -> param_table.ParamTable:
     names = {id(param): name for name, param in model.named_parameters()}
     everywhere = model.named_parameters(remove_duplicate=False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    plan = tensor_plan(model)
+    splits, summed = plan.splits(), plan.summed()
     return param_table.ParamTable(
-        params=tuple(param_table.Param(n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()),
+        params=tuple(
+            param_table.Param(n, tuple(p.shape), p.requires_grad, splits.get(n), n.rpartition(".")[0] in summed)
+            for n, p in model.named_parameters()
+        ),
         tied=tuple((name, names[id(param)]) for name, param in everywhere if names[id(param)] != name),
         embedding_names=tuple(name for key, name in names.items() if key in embeddings),
         expert_names=tuple(name for name in names.values() if "experts" in name.split(".")),
+        split_source=plan.source,
+        unsplittable=plan.refused,
         **_dimensions(getattr(model, "config", None)),
     )
 

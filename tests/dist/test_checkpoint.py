@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from helpers.checkpoint_engines import (
+    FAMILIES,
     Layout,
     engine_of,
     logical_state,
     manager,
     model_digest,
+    scrambled,
     scrambled_llama,
     tiny_llama,
     train,
@@ -44,10 +46,28 @@ def bf16(layout: Layout, **changes: Any) -> Layout:
     return Layout(**{**vars(layout), "dtype": "bf16", **changes})
 
 
+def gpt2(layout: Layout) -> Layout:
+    return Layout(**{**vars(layout), "model": "gpt2"})
+
+
 def with_optimizer(layout: Layout, optimizer: str) -> Layout:
     return Layout(**{**vars(layout), "optimizer": optimizer})
 
 
+TP2_Z0, TP2_Z1, TP2_Z3 = Layout(1, 0, tp=2), Layout(1, 1, tp=2), Layout(1, 3, tp=2)
+TP2_CPU = Layout(1, 2, offload=True, tp=2)
+DP2_TP2_Z1, DP2_TP2_Z3 = Layout(2, 1, tp=2), Layout(2, 3, tp=2, sub_group=1500)
+DP2_TP2_Z0, TP4_Z1 = Layout(2, 0, tp=2), Layout(1, 1, tp=4)  # more ranks than key-value heads
+TENSOR = [
+    *((layout, layout) for layout in (TP2_Z0, TP2_Z1, TP2_Z3, TP2_CPU, DP2_TP2_Z1, DP2_TP2_Z3)),
+    *((source, target) for source in (Z0, Z3_DP2) for target in (TP2_Z0, TP2_Z1, TP2_Z3, DP2_TP2_Z3, TP4_Z1)),
+    *((source, target) for source in (TP2_Z0, TP2_Z3, DP2_TP2_Z1, DP2_TP2_Z0, TP4_Z1) for target in (Z0, Z1_DP2, Z3_DP2)),
+    (TP2_CPU, TP2_Z3),
+    (TP2_Z1, DP2_TP2_Z3),
+    (DP2_TP2_Z3, TP4_Z1),
+    (TP4_Z1, DP2_TP2_Z0),
+]
+FUSED = [(gpt2(a), gpt2(b)) for a, b in ((Z0, TP2_Z1), (TP2_Z1, Z3_DP2), (TP2_Z3, Z0), (Z1_DP2, DP2_TP2_Z3), (TP2_Z3, TP4_Z1))]
 FP32 = [Z0, Z0_DP2, Z1_DP2, Z1_DP4, Z2_CPU, Z2_DP4, Z3_DP2, Z3_DP4, Z3_CPU, Z3_CPU_DP1]
 Z1_BF16, Z2_CPU_BF16 = bf16(Z1_DP2), bf16(Z2_CPU)
 Z3_BF16, Z3_CPU_BF16 = bf16(Z3_DP4), bf16(Z3_CPU)
@@ -98,7 +118,7 @@ def save_then_train(layout: Layout, directory: str) -> dict[str, Any]:
 
 def restore_then_train(layout: Layout, path: str) -> dict[str, Any]:
     """Resume in a fresh engine; its weights are scrambled, to show that nothing of them stays."""
-    with engine_of(layout, scrambled_llama()) as engine:
+    with engine_of(layout, scrambled(FAMILIES[layout.model]())) as engine:
         for group in engine.optimizer.param_groups:
             group["lr"], group["weight_decay"] = 7.0, 7.0
         restored = manager(Path(path).parent).restore(engine, Path(path))
@@ -122,16 +142,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], list[d
 
     def save(layout: Layout) -> list[dict[str, Any]]:
         if layout not in made:
-            made[layout] = run_ranks(save_then_train, layout.dp, layout=layout, directory=str(root / str(layout)))
+            made[layout] = run_ranks(save_then_train, layout.ranks, layout=layout, directory=str(root / str(layout)))
         return made[layout]
 
     return save
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda layout: str(layout))
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, *TENSOR, *FUSED], ids=lambda layout: str(layout))
 def test_resume_on_any_layout(saved: Callable[[Layout], list[dict[str, Any]]], source: Layout, target: Layout) -> None:
     before = dict(saved(source)[0])
-    ranks = run_ranks(restore_then_train, target.dp, layout=target, path=before["path"])
+    ranks = run_ranks(restore_then_train, target.ranks, layout=target, path=before["path"])
     after = ranks[0]
     if source.dtype != target.dtype:  # the frozen parameter has no fp32 master, so it changes its precision with the run
         assert any("stored as" in note for note in after["notes"])
@@ -140,7 +160,8 @@ def test_resume_on_any_layout(saved: Callable[[Layout], list[dict[str, Any]]], s
     assert after["state"] == before["state"]
     assert after["meta"] == {"samples": 12}
     assert after["steps"] == STEPS
-    assert [rank["rank_meta"] for rank in ranks] == [{"layout": str(source)} if source.dp == target.dp else None] * target.dp
+    theirs = {"layout": str(source)} if source.ranks == target.ranks else None
+    assert [rank["rank_meta"] for rank in ranks] == [theirs] * target.ranks
     if source.dtype == target.dtype:
         assert after["model"] == before["model"]
         assert after["notes"] == []
@@ -164,7 +185,7 @@ def test_every_rank_sees_the_same_checkpoint(saved: Callable[[Layout], list[dict
 def test_nothing_is_stored_twice(saved: Callable[[Layout], list[dict[str, Any]]]) -> None:
     """Bytes of chunks are those of masters and states, at stage 0 too, where all ranks hold everything."""
     sizes = {}
-    for layout in (Z0, Z0_DP2, Z1_DP2, Z3_DP4):
+    for layout in (Z0, Z0_DP2, Z1_DP2, Z3_DP4, TP2_Z0, DP2_TP2_Z0, DP2_TP2_Z3, TP4_Z1):
         path = Path(saved(layout)[0]["path"])
         manifests = read_manifests(path, read_commit(path))
         sizes[layout] = sum(chunk.nbytes for manifest in manifests for chunk in manifest.chunks)

@@ -18,7 +18,7 @@ LENGTH = 12
 
 @dataclass(frozen=True)
 class Layout:
-    """How an engine is laid out; dp is the number of ranks that build it."""
+    """How an engine is laid out; dp * tp ranks build it."""
 
     dp: int
     zero: int
@@ -28,9 +28,16 @@ class Layout:
     dtype: str = "fp32"
     sub_group: int | None = None  # ZeRO-3: elements of a sub-group
     fp32_accumulation: bool = False  # at ZeRO-1 in bf16 DeepSpeed then uses another optimizer class
+    tp: int = 1
+    model: str = "llama"
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp
 
     def __str__(self) -> str:
         extras = [name for name in ("offload", "offload_param", "sub_group", "fp32_accumulation") if getattr(self, name)]
+        extras += [f"tp{self.tp}"] * (self.tp > 1) + [self.model] * (self.model != "llama")
         return "-".join([f"dp{self.dp}", f"z{self.zero}", self.optimizer, self.dtype, *extras])
 
 
@@ -56,20 +63,44 @@ def tiny_llama(*, tied: bool = False, hidden: int = 32) -> nn.Module:
     return model
 
 
+def tiny_gpt2() -> nn.Module:
+    """Two layers with fused queries, keys and values, and tied embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32, **dropouts))
+
+
 def scrambled_llama(**options: Any) -> nn.Module:
     """The same model with everything that a checkpoint holds overwritten by nonsense."""
-    model = tiny_llama(**options)
+    return scrambled(tiny_llama(**options))
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """A model with everything that a checkpoint holds overwritten by nonsense."""
     with torch.no_grad():
-        for tensor in [*model.parameters(), model.seen]:
+        for tensor in [*model.parameters(), *[buffer for name, buffer in model.named_buffers() if name == "seen"]]:
             tensor.fill_(3)
     return model
+
+
+FAMILIES = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
 def build(layout: Layout, model: nn.Module | None = None, **optimizer_options: Any) -> Any:
     """A DeepSpeed engine around a client's optimizer with two named groups."""
     import deepspeed
 
-    model = model or tiny_llama()
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.topology import Mesh
+
+    model = model or FAMILIES[layout.model]()
+    groups_of_ranks = create_groups(Mesh(dp=layout.dp, tp=layout.tp), dist.get_rank())
+    if layout.tp > 1:
+        from anyshard.parallel.tensor import Sharder
+
+        Sharder(model, groups_of_ranks, layout.model).shard_all()
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [
         {"name": "decay", "weight_decay": 0.1, "lr": 1e-2, "select": lambda p: p.dim() >= 2},
@@ -104,7 +135,8 @@ def build(layout: Layout, model: nn.Module | None = None, **optimizer_options: A
     if layout.fp32_accumulation:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     optimizer = _optimizer(layout, groups, **optimizer_options)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    mpu = groups_of_ranks.mpu()
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu)[0]
 
 
 def _optimizer(layout: Layout, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
@@ -128,6 +160,8 @@ def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
     """Steps on data that is a function of the step alone; returns the mean loss of each over the global batch."""
     losses = []
     dp, rank = dist.get_world_size(), dist.get_rank()
+    if engine.mpu is not None:
+        dp, rank = engine.mpu.get_data_parallel_world_size(), engine.mpu.get_data_parallel_rank()
     for step in range(first_step, first_step + num_steps):
         generator = torch.Generator().manual_seed(step)
         samples = torch.randint(0, VOCAB, (GLOBAL_BATCH, LENGTH), generator=generator)
@@ -139,6 +173,7 @@ def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
             engine.step()
             total += loss.detach().float() / GLOBAL_BATCH
         dist.all_reduce(total)
+        total *= dp / dist.get_world_size()
         losses.append(total.item())
     return losses
 
@@ -149,17 +184,22 @@ def logical_state(engine: Any) -> dict[str, str]:
 
     slots, optimizer = layout.slots(engine), layout.inner_optimizer(engine)
     pieces = [
-        (f.tensor.name, f.tensor.key, f.tensor.shape, f.start, f.view.detach().clone())
+        (f.tensor.name, f.tensor.key, f.tensor.shape, f.box, f.start, f.view.detach().clone())
         for f in optimizers.fragments(slots, optimizer) + layout.buffer_fragments(engine.module)
     ]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, pieces)
     whole: dict[tuple[str, str], torch.Tensor] = {}
     filled: dict[tuple[str, str], torch.Tensor] = {}
-    for name, key, shape, start, view in (piece for part in gathered for piece in part):
+    for name, key, shape, box, start, view in (piece for part in gathered for piece in part):
         tensor = whole.setdefault((name, key), torch.zeros(shape, dtype=view.dtype))
-        tensor.view(-1)[start : start + view.numel()] = view
-        filled.setdefault((name, key), torch.zeros(shape, dtype=torch.bool)).view(-1)[start : start + view.numel()] = True
+        mask = filled.setdefault((name, key), torch.zeros(shape, dtype=torch.bool))
+        place = torch.arange(tensor.numel()).view(shape)[tuple(slice(*side) for side in box)].reshape(-1)
+        place = place[start : start + view.numel()]
+        old = tensor.view(-1)[place]
+        assert torch.equal(torch.where(mask.view(-1)[place], old, view), view), f"the ranks disagree about {name} [{key}]"
+        tensor.view(-1)[place] = view
+        mask.view(-1)[place] = True
     assert all(bool(mask.all()) for mask in filled.values())
     digests = {
         f"{name} [{key}]": hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -177,15 +217,27 @@ def group_settings(engine: Any) -> dict[str, dict[str, Any]]:
 
 
 def model_digest(engine: Any) -> dict[str, str]:
-    """Digest of every parameter as the model computes with it, gathered where ZeRO-3 holds parts."""
+    """Digest of every parameter as the model computes with it, gathered where ranks hold parts."""
     import deepspeed
 
-    found = {}
+    from anyshard.parallel.part import part_of
+
+    pieces: list[Any] = []
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(param, enabled=hasattr(param, "ds_id")):
-            data = param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            found[name] = hashlib.blake2b(data).hexdigest()[:16]
-    return found
+            value, part = param.detach().cpu().clone(), part_of(param)
+            pieces.append((name, value.shape, ..., value) if part is None else (part.name, part.shape, part.box, value))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, pieces)
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, box, value in (piece for part in gathered for piece in part):
+        region = box if box is ... else tuple(slice(*side) for side in box)
+        whole.setdefault(name, torch.zeros(shape, dtype=value.dtype))[region] = value
+    return {name: hashlib.blake2b(_bytes(value)).hexdigest()[:16] for name, value in whole.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def manager(directory: Any, **options: Any) -> Any:

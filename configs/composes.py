@@ -26,5 +26,20 @@ def composition_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def axes_table() -> str:
+    """The axes of the mesh as Markdown: which stages of ZeRO each works with, at degree 2 beside data parallelism."""
+    lines = ["| | " + " | ".join(f"`zero={stage}`" for stage in STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
+    for axis in ("dp", "tp", "pp", "sp"):
+        asked = [
+            f"parallel.{axis}=2",
+            "parallel.dp=2",
+            "launch.procs_per_node=4" if axis != "dp" else "launch.procs_per_node=2",
+        ]
+        cells = [compose([*asked, f"zero={stage}", "precision=fp32"]) for stage in STAGES]
+        lines.append(f"| `parallel.{axis}` | " + " | ".join("-" if check(cell) else "yes" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     print(composition_table())
+    print(axes_table())

@@ -222,6 +222,9 @@ def _hpz(config: Config) -> Iterator[Problem]:
     if size > 1 and config.zero.stage < 3:
         reason = f"stage {config.zero.stage} keeps whole parameters."
         yield Problem("zero.hpz_partition_size", size, reason, "Use zero=z3, or zero.hpz_partition_size=1.")
+    elif size > 1 and config.parallel.tp > 1:
+        reason = "DeepSpeed makes these groups of neighbouring ranks (utils/groups.py:925), which tensor parallelism has split."
+        yield Problem("zero.hpz_partition_size", size, reason, "Set it to 1, or parallel.tp=1.")
     elif dp is not None and dp % size:
         divisors = [str(n) for n in range(1, dp + 1) if dp % n == 0]
         yield Problem("zero.hpz_partition_size", size, f"it does not divide dp={dp}.", f"Use one of {', '.join(divisors)}.")

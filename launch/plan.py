@@ -346,7 +346,9 @@ def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mes
     config = compose(overrides, config_dir=config_dir)
     if mesh:
         config = resolve_world(config, find_hardware().num_gpus)
-        rules.require(config)
+        problems = [problem for problem in rules.check(config) if problem.key.split(".")[0] in ("parallel", "launch")]
+        if problems:
+            raise ConfigError(problems)
         print("\n".join(mesh_lines(config)))
         return 0
     planned = plan(config)

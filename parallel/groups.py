@@ -42,7 +42,7 @@ class Groups:
     def mpu(self) -> Mpu | None:
         """What `deepspeed.initialize` takes for its `mpu`; None for data parallelism alone.
 
-        Without it DeepSpeed's batch arithmetic counts every rank as data-parallel (deepspeed 0.19.8 runtime/config.py:460).
+        Without it DeepSpeed's batch arithmetic counts every rank as data-parallel (deepspeed 0.19.8 runtime/config.py:471).
         """
         return Mpu(self) if self.tp is not None else None
 

@@ -87,6 +87,10 @@ class VocabularyEmbedding(_Cut, VocabParallelEmbedding):  # type: ignore[misc]
         self._sizes = tuple(sizes)
         super().__init__(module, group)
 
+    @staticmethod
+    def validate_embedding(module: nn.Module) -> None:
+        """The plan has looked: `tensor_plan._is_plain_embedding`."""
+
 
 class FusedColumnLinear(nn.Module):
     """Several projections of one input that the model keeps as one: each is cut by itself, and is a parameter of its own."""

@@ -236,15 +236,17 @@ def _split_vocabulary(model: Any, plan: TensorPlan) -> None:
 
 
 def _is_plain_embedding(embedding: Any) -> bool:
-    """Whether DeepSpeed's vocabulary-parallel embedding does what this one does.
+    """Whether DeepSpeed's vocabulary-parallel embedding does what this one does: look up, and scale as Gemma does.
 
-    Source: deepspeed 0.19.8 module_inject/layers.py:1110, `VocabParallelEmbedding.validate_embedding`.
+    Source: deepspeed 0.19.8 module_inject/layers.py:1110, `VocabParallelEmbedding.validate_embedding`, which names Gemma 3's
+    alone; transformers 5.23 has the same class for Gemma and Gemma 2.
     """
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         return False
     if embedding.scale_grad_by_freq or embedding.sparse:
         return False
-    return type(embedding).forward is nn.Embedding.forward or type(embedding).__name__ == "Gemma3TextScaledWordEmbedding"
+    scaled = re.fullmatch(r"Gemma\d*TextScaledWordEmbedding", type(embedding).__name__)
+    return type(embedding).forward is nn.Embedding.forward or scaled is not None
 
 
 def _unbalanced(plan: TensorPlan) -> str | None:

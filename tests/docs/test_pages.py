@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 from anyshard.configs.compose import compose
-from anyshard.configs.composes import composition_table
+from anyshard.configs.composes import axes_table, composition_table
 from anyshard.launch.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,7 @@ def between(marker: str) -> str:
 
 def test_the_table_of_what_composes_is_that_of_the_rules():
     assert between("composes") == composition_table(), "write it anew: python -m anyshard.configs.composes"
+    assert between("axes") == axes_table(), "write it anew: python -m anyshard.configs.composes"
 
 
 def test_the_transcript_ends_with_the_model_beating_unigrams():

@@ -54,6 +54,45 @@ def test_what_does_not_fit_says_what_to_do(tmp_path):
     assert "train.activation_checkpointing=true" in done.stderr
 
 
+def test_tensor_parallelism_is_planned(tmp_path):
+    """Llama 3 8B over tp 8: all but norms (266,240 parameters) and eight key-value heads is divided by 8."""
+    overrides = [
+        "experiment=llama3_8b_8xh100",
+        "zero=z1",
+        "launch.nodes=1",
+        "parallel.tp=8",
+        "train.activation_checkpointing=true",
+    ]
+    planned = plan(compose(overrides))
+    assert planned.batch.dp == 1
+    mine = (planned.table.num_params - 266_240) // 8 + 266_240
+    assert planned.memory.weights == 2 * mine
+    splits = planned.to_dict()["splits"]
+    assert splits["model.layers.0.self_attn.k_proj.weight"] == [[128, 4096]] * 8
+    assert splits["model.norm.weight"] == [[4096]] * 8
+    assert set(splits) == {param.name for param in planned.table.params}
+    done = anyshard("plan", "debug=smoke", "parallel.tp=4", "launch.procs_per_node=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "by the model's tp_plan" in done.stdout
+    assert "k_proj" in done.stdout
+    assert "shared" in done.stdout
+
+
+def test_a_degree_that_the_model_cannot_be_split_into_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"parallel\.tp=3: .*can be split into 1, 2, 4\."):
+        plan(compose(["debug=smoke", "parallel.tp=3", "launch.procs_per_node=3"]))
+
+
+def test_the_mesh_is_drawn_without_a_plan(tmp_path):
+    mesh = ["parallel.tp=2", "launch.procs_per_node=2", "launch.nodes=2", "train.global_batch_size=7"]
+    done = anyshard("plan", "debug=smoke", "--mesh", *mesh, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["dp 0: tp [0 1] on node 0", "dp 1: tp [2 3] on node 1"]
+    refused = anyshard("plan", "debug=smoke", "--mesh", "parallel.tp=3", "launch.procs_per_node=2", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "Start a multiple of 3 ranks" in refused.stderr
+
+
 def test_host_memory_counts_too():
     overrides = ["experiment=llama3_8b_8xh100", "zero=z3", "offload=cpu_param", "cluster.host_memory_gib=64"]
     planned = plan(compose(overrides))

@@ -34,9 +34,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tracking.name": "wandbb"}, "tracking.name", "Did you mean wandb?"),
     ({"run.name": "a/b"}, "run.name", "run.dir takes any path"),
     # what is not there yet
-    ({"parallel.tp": 2, "launch.procs_per_node": 2}, "parallel.tp", "data-parallel only"),
-    ({"parallel.pp": 2, "launch.procs_per_node": 2}, "parallel.pp", "data-parallel only"),
-    ({"parallel.sp": 2, "launch.procs_per_node": 2}, "parallel.sp", "data-parallel only"),
+    ({"parallel.pp": 2, "launch.procs_per_node": 2}, "parallel.pp", "no pipeline parallelism"),
+    ({"parallel.sp": 2, "launch.procs_per_node": 2}, "parallel.sp", "no sequence parallelism"),
+    ({"parallel.pp": 2, "parallel.tp": 2, "launch.procs_per_node": 4}, "parallel.pp", "no pipeline parallelism"),
     ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
     # ranks and batch
@@ -47,6 +47,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"parallel.dp": 4, "parallel.tp": 3, "launch.procs_per_node": 2}, "parallel.dp", "Set parallel.dp=auto, or start"),
     ({"parallel.tp": 3, "launch.procs_per_node": 2}, "launch.procs_per_node", "Start a multiple of 3 ranks."),
+    ({"parallel.order": ["tp", "dp"]}, "parallel.order", "such as [tp,sp,pp,dp]"),
+    ({"parallel.order": ["tp", "tp", "pp", "dp"]}, "parallel.order", "in it once"),
+    (
+        {"zero.hpz_partition_size": 2, "zero.stage": 3, "parallel.tp": 2, "launch.procs_per_node": 4},
+        "zero.hpz_partition_size",
+        "Set it to 1, or parallel.tp=1.",
+    ),
     ({"train.global_batch_size": 30}, "train.global_batch_size", "28 or 32"),
     (
         {"train.global_batch_size": 12, "launch.procs_per_node": 2},
@@ -141,6 +148,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"optimizer.lr": 0.0},
     {"zero.stage": 0, "precision.dtype": "fp32"},
     {"parallel.dp": 2, "launch.procs_per_node": 2},
+    {"parallel.tp": 2, "launch.procs_per_node": 2},
+    {"parallel.tp": 2, "launch.procs_per_node": 4, "zero.stage": 3, "parallel.order": ["dp", "tp", "sp", "pp"]},
+    {"parallel.tp": 4, "launch.procs_per_node": "auto"},
     {"launch.procs_per_node": "auto", "train.global_batch_size": 30},  # ranks not known yet
     {"train.global_batch_size": 30, "train.micro_batch_size": 5, "launch.procs_per_node": 3},
     {"precision.dtype": "fp16", "precision.min_scale": 64.0, "precision.initial_scale_power": 6},

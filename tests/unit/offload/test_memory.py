@@ -42,6 +42,14 @@ def test_fp32_at_stage_0_has_no_second_master():
 SHAPE = ModelShape(num_params=10**6, num_layers=4, hidden_size=64, intermediate_size=128, vocab_size=1000)
 
 
+def test_tensor_parallelism_divides_what_is_inside_the_blocks():
+    def activations(tp):
+        return activation_bytes(SHAPE, micro_batch_size=1, sequence_length=8, dtype="bf16", recompute=False, tp=tp)
+
+    inputs = 4 * 8 * 2 * 4 * 64  # layers * tokens * bytes * 4 hidden: whole on every rank
+    assert activations(2) - inputs == (activations(1) - inputs) / 2
+
+
 def test_offloaded_state_moves_to_the_host_and_nothing_is_lost():
     def memory(**tiers):
         return plan_memory(

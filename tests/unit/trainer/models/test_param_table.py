@@ -9,6 +9,7 @@ from torch import nn
 
 from anyshard.configs import schema
 from anyshard.configs.errors import EXIT_CONFIG, ConfigError
+from anyshard.parallel.split import Block, Split
 from anyshard.trainer.models import table
 from anyshard.trainer.models.param_table import Param, ParamTable, read_answer, read_request, request
 
@@ -30,7 +31,11 @@ def test_the_child_answers_with_the_table(monkeypatch: pytest.MonkeyPatch, capsy
     assert code == 0
     assert answer.embedding_names == ("transformer.wte.weight", "transformer.wpe.weight")
     assert answer.tied == (("lm_head.weight", "transformer.wte.weight"),)
-    assert answer.params[0] == Param("transformer.wte.weight", (50257, 768))
+    assert answer.params[0] == Param("transformer.wte.weight", (50257, 768), split=Split(0, (Block(50257),)))
+    assert answer.params[2] == Param("transformer.h.0.ln_1.weight", (768,))
+    assert answer.params[0].local_numel(2) == 25129 * 768
+    assert answer.params[2].local_numel(2) == 768
+    assert (answer.split_source, answer.unsplittable) == ("parallel/plans/gpt2.yaml", None)
     assert answer.intermediate_size == 4 * 768
     assert max(answer.modules().values()) == 50257 * 768
 
@@ -49,6 +54,7 @@ def test_any_module_has_a_table() -> None:
     made = table.table_of(model)
     assert (made.num_params, made.num_trainable) == (24, 16)
     assert (made.model_type, made.hidden_size, made.max_positions) == ("custom", 0, None)
+    assert made.unsplittable == "only Hugging Face models can be split."
     assert made.modules() == {"0": 16, "1": 8}
     assert ParamTable.from_json(made.to_json()) == made
 

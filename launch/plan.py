@@ -255,7 +255,8 @@ def plan(config: schema.Config) -> Plan:
         recompute=recompute,
     )
     device_limit, host_limit = _limits(config)
-    memory = _with_checkpoints(memory, config, table.num_params * (4 + _state_bytes(config)), batch.dp, host_limit)
+    world = mesh_of(config).world_size
+    memory = _with_checkpoints(memory, config, table.num_params * (4 + _state_bytes(config)), world, host_limit)
     return Plan(
         config=config,
         table=table,

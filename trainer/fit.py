@@ -34,6 +34,7 @@ from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer import lm
 from anyshard.trainer.allocation import find_allocation
 from anyshard.trainer.batch import BatchPlan, plan_batch
+from anyshard.trainer.building import fitted, model_builder
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.manager import TIMEOUT_S, CheckpointManager
@@ -53,7 +54,7 @@ from anyshard.trainer.peak import device_peak_flops
 from anyshard.trainer.saves import GRACE_S, Saves
 from anyshard.trainer.state import Progress, load_rng_state, seed_everything
 from anyshard.trainer.stop import Signals, StopControl
-from anyshard.trainer.task import Batch, Task
+from anyshard.trainer.task import Task
 from anyshard.trainer.tracking import build_trackers
 from anyshard.trainer.trainer import Outcome, Trainer
 
@@ -219,14 +220,14 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
                 model_vocab_size = hf_config(config.model, config.data).get_text_config().vocab_size
                 lm.check_vocabulary(model_vocab_size, vocab_size(config.data), config.data.tokenizer)
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
-            builder = _model_builder(config, ds_config, rank, groups, reporter.say if first else _silent)
+            builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent)
             task = lm.build_lm_task(config, splits, builder)
             task.flops_per_token = _flops_per_token(config, run_dir) if first else None
             data_fingerprint = splits.fingerprint
             if first:
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
         else:
-            task = _fitted(task, ds_config, config, groups)
+            task = fitted(task, ds_config, config, groups)
         engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
         return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
 
@@ -452,38 +453,6 @@ def describe_layout(layout: dict[str, Any]) -> str:
     return ", ".join([*axes, f"ZeRO {layout['zero']}", *tiers])
 
 
-def _model_builder(
-    config: schema.Config, ds_config: dict[str, Any], rank: Rank, groups: Groups, say: Callable[[str], None]
-) -> Callable[[], torch.nn.Module]:
-    build = lookup("model", config.model.builder, key="model.builder")
-    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
-
-    def whole() -> torch.nn.Module:
-        made: torch.nn.Module = build(config, device=rank.device, dtype=dtype, partition=partition(), say=say)
-        return made
-
-    def in_parts() -> torch.nn.Module:
-        if config.model.builder == "hf":
-            made: torch.nn.Module = build(
-                config, device=rank.device, dtype=dtype, partition=partition(), groups=groups, say=say
-            )
-            return made
-        return _split(build(config, device=rank.device, dtype=dtype, partition=None, say=say), config, groups, partition())
-
-    return whole if groups.tp is None else in_parts
-
-
-def _split(module: torch.nn.Module, config: schema.Config, groups: Groups, partition: Any) -> torch.nn.Module:
-    """A finished model, split over the ranks: by tensor parallelism, and under ZeRO-3 partitioned."""
-    if groups.tp is not None:
-        from anyshard.parallel.tensor import Sharder
-
-        Sharder(module, groups, config.model.name).shard_all()
-    if partition is not None:
-        partition(list(module.parameters()))
-    return module
-
-
 def _flops_per_token(config: schema.Config, run_dir: Path) -> float:
     """Work of one token: as planned by the launcher, or counted here for ranks that were started by hand."""
     if (run_dir / "plan.json").exists():
@@ -492,37 +461,6 @@ def _flops_per_token(config: schema.Config, run_dir: Path) -> float:
         config, device=torch.device("meta"), dtype=torch.float32, partition=None, say=_silent
     )
     return flops_per_token(table_of(model), config.data.sequence_length, recompute=config.train.activation_checkpointing)
-
-
-def _partitioner(ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Callable[[], Any]:
-    """Makes what partitions parameters under ZeRO-3; makes None at other stages."""
-
-    def make() -> Any:
-        if config.zero.stage != 3:
-            return None
-        from anyshard.parallel.zero3 import Zero3Partitioner
-
-        return Zero3Partitioner(ds_config, torch_dtype(config), groups)
-
-    return make
-
-
-def _fitted(task: Task, ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Task:
-    """A user's task in the type of the run: its batches cast, and under ZeRO-3 its parameters partitioned once built."""
-    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
-
-    def build() -> torch.nn.Module:
-        return _split(task.model().to(dtype), config, groups, partition())
-
-    def collate(samples: list[Any]) -> Batch:
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}
-
-    return dataclasses.replace(task, model=build, collate=collate)
-
-
-def torch_dtype(config: schema.Config) -> torch.dtype:
-    """`precision.dtype` as torch calls it."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.dtype.value]
 
 
 def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> str:

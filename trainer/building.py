@@ -1,0 +1,79 @@
+"""Models as a run wants them: in its type, split over its tensor-parallel ranks, partitioned under ZeRO-3."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from anyshard.configs import schema
+from anyshard.configs.registry import lookup
+from anyshard.parallel.groups import Groups
+from anyshard.trainer.task import Batch, Task
+
+
+def model_builder(
+    config: schema.Config, ds_config: dict[str, Any], device: torch.device, groups: Groups, say: Callable[[str], None]
+) -> Callable[[], torch.nn.Module]:
+    """Makes the model of `config` on this rank.
+
+    Collective: every rank calls what it returns.
+    """
+    build = lookup("model", config.model.builder, key="model.builder")
+    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
+
+    def whole() -> torch.nn.Module:
+        made: torch.nn.Module = build(config, device=device, dtype=dtype, partition=partition(), say=say)
+        return made
+
+    def in_parts() -> torch.nn.Module:
+        if config.model.builder == "hf":
+            made: torch.nn.Module = build(config, device=device, dtype=dtype, partition=partition(), groups=groups, say=say)
+            return made
+        return _split(build(config, device=device, dtype=dtype, partition=None, say=say), config, groups, partition())
+
+    return whole if groups.tp is None else in_parts
+
+
+def _split(module: torch.nn.Module, config: schema.Config, groups: Groups, partition: Any) -> torch.nn.Module:
+    """A finished model, split over the ranks: by tensor parallelism, and under ZeRO-3 partitioned."""
+    if groups.tp is not None:
+        from anyshard.parallel.tensor import Sharder
+
+        Sharder(module, groups, config.model.name).shard_all()
+    if partition is not None:
+        partition(list(module.parameters()))
+    return module
+
+
+def _partitioner(ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Callable[[], Any]:
+    """Makes what partitions parameters under ZeRO-3; makes None at other stages."""
+
+    def make() -> Any:
+        if config.zero.stage != 3:
+            return None
+        from anyshard.parallel.zero3 import Zero3Partitioner
+
+        return Zero3Partitioner(ds_config, torch_dtype(config), groups)
+
+    return make
+
+
+def fitted(task: Task, ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Task:
+    """A user's task in the type of the run: its batches cast, and under ZeRO-3 its parameters partitioned once built."""
+    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
+
+    def build() -> torch.nn.Module:
+        return _split(task.model().to(dtype), config, groups, partition())
+
+    def collate(samples: list[Any]) -> Batch:
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}
+
+    return dataclasses.replace(task, model=build, collate=collate)
+
+
+def torch_dtype(config: schema.Config) -> torch.dtype:
+    """`precision.dtype` as torch calls it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision.dtype.value]

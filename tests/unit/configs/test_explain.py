@@ -26,7 +26,7 @@ def test_value_and_source_of_a_key(path: str, value: object, source: str) -> Non
 
 
 def test_a_group_is_all_its_keys() -> None:
-    assert [explanation.path for explanation in explain("stop", COMPOSITION)] == ["stop.at_step", "stop.at_s"]
+    assert [explanation.path for explanation in explain("stop", COMPOSITION)] == ["stop.at_step", "stop.at_s", "stop.margin_s"]
 
 
 def test_a_mapping_is_all_its_leaves() -> None:

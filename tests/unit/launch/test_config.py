@@ -77,7 +77,7 @@ def test_explain_says_all_there_is_to_know() -> None:
 def test_explain_of_a_default() -> None:
     console, out = _console()
     explain("stop", console=console)
-    assert out.getvalue().count("set by: nothing: this is the default") == 2
+    assert out.getvalue().count("set by: nothing: this is the default") == 3
 
 
 def test_explain_without_a_key_lists_all() -> None:

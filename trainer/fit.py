@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs import frozen, rules, schema, world
-from anyshard.configs.errors import AnyshardError, CheckpointError, ConfigError, Problem
+from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
@@ -51,8 +51,9 @@ from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
 from anyshard.trainer.models.table import table_of
 from anyshard.trainer.peak import device_peak_flops
+from anyshard.trainer.restore import describe_layout, is_in_memory, layout_of, restore
 from anyshard.trainer.saves import GRACE_S, Saves
-from anyshard.trainer.state import Progress, load_rng_state, seed_everything
+from anyshard.trainer.state import Progress, seed_everything
 from anyshard.trainer.stop import Signals, StopControl
 from anyshard.trainer.task import Task
 from anyshard.trainer.tracking import build_trackers
@@ -262,7 +263,17 @@ def _train(
     memory = _memory_of(config, rank, reporter) if config.checkpoint.ram_every_steps else None
     # the ranks that share their data drop the same activations
     seed_everything(config.seed, "train", engine.groups.dp_rank)
-    restored = _restore(config, manager, memory, engine, progress, callbacks, rank, reporter, data_fingerprint)
+    restored = restore(
+        config,
+        manager,
+        memory,
+        engine,
+        progress,
+        callbacks,
+        world_size=rank.env.world_size,
+        reporter=reporter,
+        data_fingerprint=data_fingerprint,
+    )
 
     model = describe_model(engine.ds.module)
 
@@ -284,7 +295,7 @@ def _train(
 
     background = config.checkpoint.mode is schema.Mode["async"]
     # what is in memory only is not durable: the run's last save is not left out because of it
-    last = None if restored is None or _is_in_memory(restored, memory) else (restored, progress.step)
+    last = None if restored is None or is_in_memory(restored, memory) else (restored, progress.step)
     saves = Saves(manager, engine.ds, background=background, meta=meta, warn=warn, restored=last, memory=memory)
     order = SampleOrder(len(task.train_data), config.seed, config.data.shuffle)
     dp_rank = engine.groups.dp_rank
@@ -341,116 +352,6 @@ def _memory_of(config: schema.Config, rank: Rank, reporter: Reporter) -> Checkpo
         event=event,
         staging_bytes=ram.STAGING_BYTES,
     )
-
-
-def _is_in_memory(path: Path, memory: CheckpointManager | None) -> bool:
-    return memory is not None and path.parent == memory.directory
-
-
-def _find(config: schema.Config, manager: CheckpointManager, memory: CheckpointManager | None) -> Path | None:
-    """The checkpoint to continue from: the newest, wherever it is. Collective."""
-    if memory is not None and config.resume not in ("auto", "must"):
-        memory.discard()
-        ram.make(memory.directory)
-    elif memory is not None:
-        kept = None
-        with contextlib.suppress(CheckpointError):  # all are damaged, which is logged: the disk has another
-            kept = memory.find("auto")
-        if kept is not None and int(kept.name.removeprefix("step-")) >= manager.newest_step():
-            return kept
-    return manager.find(config.resume)
-
-
-def _restore(
-    config: schema.Config,
-    manager: CheckpointManager,
-    memory: CheckpointManager | None,
-    engine: Engine,
-    progress: Progress,
-    callbacks: Callbacks,
-    rank: Rank,
-    reporter: Reporter,
-    data_fingerprint: str | None,
-) -> Path | None:
-    """Continue from the checkpoint that `resume` names, if any; returns it. Collective."""
-    path = _find(config, manager, memory)
-    if path is None:
-        if config.resume == "never":
-            _leave_branch(manager, -1, reporter)
-        return None
-    restored = manager.restore(engine.ds, path)
-    meta = restored.meta
-    progress.step, progress.samples, progress.tokens = meta["step"], meta["samples"], meta["tokens"]
-    notes = list(restored.notes)
-    here = layout_of(config, rank.env.world_size)
-    if restored.rank_meta and meta["layout"] == here:
-        load_rng_state(restored.rank_meta["rng"])
-    else:
-        seed_everything(config.seed, "train", engine.groups.dp_rank, progress.step)
-        notes.append("random number generators of the ranks are seeded anew from the seed and the step (another layout)")
-    if data_fingerprint != meta["data_fingerprint"]:
-        notes.append("the data is not the data that the checkpoint was trained on")
-    notes += _apply_changed_options(engine, config.optimizer, meta["optimizer"])
-    notes += [f"no callback takes the state of {name!r}" for name in callbacks.load_state_dict(meta["callbacks"])]
-    reporter.event("restore", step=progress.step, path=str(path), layout=here, saved_layout=meta["layout"], notes=notes)
-    saved = (
-        "the same layout"
-        if meta["layout"] == here
-        else f"saved under {describe_layout(meta['layout'])}, now {describe_layout(here)}"
-    )
-    reporter.say(f"resumed from {path} at step {progress.step} ({saved})")
-    for note in notes:
-        reporter.say(f"  note: {note}")
-    if config.resume not in ("auto", "must"):
-        _leave_branch(manager, progress.step, reporter)
-    return path
-
-
-def _leave_branch(manager: CheckpointManager, step: int, reporter: Reporter) -> None:
-    """A run that was told to go back, or to start anew, must not find its own later checkpoints again. Collective."""
-    aside = manager.set_aside(step)
-    if aside:
-        reporter.event("set_aside", names=aside, folder=str(manager.directory))
-        reporter.say(
-            f"  note: {len(aside)} checkpoints of later steps are set aside as {manager.directory}/step-*.abandoned-*; "
-            "delete them when they are not needed any more"
-        )
-
-
-def _apply_changed_options(engine: Engine, optimizer: schema.Optimizer, saved: dict[str, Any]) -> list[str]:
-    """Let the configuration win where it was changed by force; param groups otherwise keep what the checkpoint had."""
-    changed = [
-        name
-        for name in ("weight_decay", "betas", "eps", "momentum")
-        if getattr(optimizer, name) != saved.get(name, getattr(optimizer, name))
-    ]
-    for group in engine.ds.optimizer.param_groups:
-        for name in changed:
-            if name in group and not (name == "weight_decay" and group[name] == 0):  # the no-decay group stays one
-                value = getattr(optimizer, name)
-                group[name] = tuple(value) if name == "betas" else value
-    return [f"optimizer.{name} is now {getattr(optimizer, name)}, was {saved[name]}" for name in changed]
-
-
-def layout_of(config: schema.Config, world_size: int) -> dict[str, Any]:
-    """The layout as stored in a checkpoint."""
-    parallel = config.parallel
-    degrees = {"tp": parallel.tp, "pp": parallel.pp, "sp": parallel.sp}
-    dp = world_size // (parallel.tp * parallel.pp * parallel.sp)
-    return {
-        "dp": dp,
-        **degrees,
-        "zero": config.zero.stage,
-        "offload_optimizer": config.offload.optimizer.value,
-        "offload_param": config.offload.param.value,
-    }
-
-
-def describe_layout(layout: dict[str, Any]) -> str:
-    """A layout in a few words: "dp 2, ZeRO 1, optimizer on cpu"."""
-    axes = [f"{axis} {layout[axis]}" for axis in ("dp", "tp", "pp", "sp") if axis == "dp" or layout[axis] > 1]
-    tiers = [f"{kind} on {layout[f'offload_{kind}']}" for kind in ("optimizer", "param") if layout[f"offload_{kind}"] != "none"]
-    return ", ".join([*axes, f"ZeRO {layout['zero']}", *tiers])
 
 
 def _flops_per_token(config: schema.Config, run_dir: Path) -> float:

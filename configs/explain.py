@@ -37,7 +37,7 @@ def explain(path: str, composition: Composition) -> list[Explanation]:
     elif key is None or (path != key.path and path not in values):
         raise ConfigError(unknown_key(path, None))
     elif key.is_open and path == key.path:
-        paths = [name for name in values if name == path or name.startswith(f"{path}.")]
+        paths = [name for name in values if name == path or name.startswith(f"{path}.")] or [path]
     else:
         paths = [path]
     return [_explain(name, values, composition) for name in paths]

@@ -35,18 +35,22 @@ def check(config: Config) -> list[Problem]:
     return bounds + [problem for rule in RULES for problem in rule(config)]
 
 
-def require(config: Config, sources: dict[str, str] | None = None) -> None:
+Sources = Callable[[], dict[str, str]]
+"""Gives what set each key (`Composition.sources`), which is looked up only when something is wrong."""
+
+
+def require(config: Config, sources: Sources = dict) -> None:
     """Refuse a configuration that cannot be used.
 
     Args:
-        sources: what set each key (`Composition.sources`), to name the file to blame.
+        sources: names the file to blame.
 
     Raises:
         ConfigError: with every problem.
     """
     problems = check(config)
     if problems:
-        raise ConfigError(with_sources(problems, sources or {}))
+        raise ConfigError(with_sources(problems, sources()))
 
 
 def with_sources(problems: Sequence[Problem], sources: dict[str, str]) -> list[Problem]:

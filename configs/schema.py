@@ -110,7 +110,7 @@ class Model:
     builder: str = key("hf", "Registered builder of the model: hf, or a plugin's.")
     path: Optional[str] = key(
         None,
-        "Hugging Face model: a directory, a config.json or a hub id. Takes the place of model.config.",
+        "Hugging Face model: a directory, a config.json or a hub id (with model=hf, which adds nothing to it).",
     )
     init: Init = key(Init.random, "random: fresh weights from the seed. pretrained: the safetensors of model.path.")
     config: dict[str, Any] = key(

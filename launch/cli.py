@@ -257,7 +257,7 @@ def runs_plot(
         typer.Option("--out", "-o", help="PNG to write.", show_default="RUN/curves.png, or runs.png for several"),
     ] = None,
 ) -> None:
-    """Draw loss, throughput, memory and checkpoint stalls of one or several runs."""
+    """Draw loss, throughput, memory and checkpoint stalls of one or several runs, and write RUN/curves.csv."""
     from anyshard.launch import runs
 
     raise typer.Exit(runs.plot(run, out))

@@ -6,13 +6,16 @@ fingerprint of the model's configuration.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from rich.table import Table
 
 from anyshard import parallel
 from anyshard.configs import rules, schema
-from anyshard.configs.compose import compose
+from anyshard.configs.compose import compose_with_sources, finalize
 from anyshard.configs.errors import ConfigError, LaunchError, PlanError
 from anyshard.configs.world import dp_size, resolve_world
 from anyshard.launch.console import make_console
@@ -69,6 +72,9 @@ class Plan:
             "num_params": self.table.num_params,
             "world_size": mesh_of(self.config).world_size,
             "mesh": {axis: getattr(self.config.parallel, axis) for axis in ("dp", "tp", "pp", "sp")},
+            "params": [
+                {"name": param.name, "shape": list(param.shape), "trainable": param.trainable} for param in self.table.params
+            ],
             "splits": self._splits(),
             "batch": asdict(self.batch),
             "memory_bytes_per_rank": self.memory.to_dict(),
@@ -83,6 +89,8 @@ class Plan:
         console = console or make_console()
         for table in (self._summary(), self._memory_table(console.is_terminal), self._parameters()):
             console.print(table)
+        console.print("DeepSpeed's configuration", style="italic")
+        console.print_json(json.dumps(self.ds_config), indent=2)
         for key, ours, theirs in merged_overrides(self.config, self.batch):
             console.print(f"deepspeed_extra overrides {key}: {ours!r} -> {theirs!r}", markup=False)
 
@@ -148,30 +156,21 @@ class Plan:
         return {param.name: local_shapes(param, tp) for param in self.table.params} if tp > 1 else {}
 
     def _parameters(self) -> Table:
-        return self._largest_parameters() if self.config.parallel.tp == 1 else self._split_parameters()
-
-    def _split_parameters(self) -> Table:
-        """How every parameter is split over the tensor-parallel ranks; layers that are alike in one row."""
+        """Every parameter, and how it is split over tensor-parallel ranks; layers that are alike in one row."""
         tp = self.config.parallel.tp
-        title = f"parameters: {len(self.table.params)} tensors over tp {tp}, by {self.table.split_source}"
+        title = f"parameters: {len(self.table.params)} tensors"
+        if tp > 1:
+            title += f" over tp {tp}, by {self.table.split_source}"
         table = Table(title=title, title_justify="left")
-        for column in ("name", "shape", "cut", "on each rank"):
-            table.add_column(column)
+        for column in ("name", "shape", "elements", *(("cut", "on each rank") if tp > 1 else ())):
+            table.add_column(column, justify="right" if column == "elements" else "left")
         alike: dict[tuple[str, ...], int] = {}
         for param in self.table.params:
-            row = (re.sub(r"\.\d+(?=\.)", ".*", param.name), by(param.shape), *_cut(param, tp))
+            cut = _cut(param, tp) if tp > 1 else ()
+            row = (re.sub(r"\.\d+(?=\.)", ".*", param.name), by(param.shape), f"{param.numel:,}", *cut)
             alike[row] = alike.get(row, 0) + 1
         for (name, *cells), count in alike.items():
             table.add_row(name if count == 1 else f"{name} ({count}x)", *cells)
-        return table
-
-    def _largest_parameters(self, limit: int = 8) -> Table:
-        table = Table(title=f"parameters: {len(self.table.params)} tensors, the largest", title_justify="left")
-        table.add_column("name")
-        table.add_column("shape")
-        table.add_column("elements", justify="right")
-        for param in sorted(self.table.params, key=lambda p: -p.numel)[:limit]:
-            table.add_row(param.name, by(param.shape), f"{param.numel:,}")
         return table
 
 
@@ -315,18 +314,20 @@ def param_table(config: schema.Config) -> ParamTable:
     asked = f"{TABLE_FORMAT} {question} {version('transformers')} {plans}"
     key = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
     cached = cache_dir() / "params" / f"{key}.json"
-    if cached.exists() and not local:  # a local path may hold another model tomorrow
-        return ParamTable.from_json(cached.read_text())
+    if not local:  # a local path may hold another model tomorrow
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or cut off: it is made anew
+            return ParamTable.from_json(cached.read_text())
     child = subprocess.run(
         [sys.executable, "-m", "anyshard.trainer.models.table"], input=question, capture_output=True, text=True, check=False
     )
     if not child.stdout.strip():
         raise LaunchError(f"the model could not be looked at:\n{child.stderr.strip()}")
     table = read_answer(child.stdout)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}")
-    temporary.write_text(table.to_json())
-    temporary.replace(cached)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second next time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}")
+        temporary.write_text(table.to_json())
+        temporary.replace(cached)
     return table
 
 
@@ -344,18 +345,17 @@ def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mes
     Raises:
         PlanError: it does not fit.
     """
-    config = compose(overrides, config_dir=config_dir)
+    composition = compose_with_sources(overrides, config_dir=config_dir)
+    config = resolve_world(finalize(composition.config, datetime.now()), find_hardware().num_gpus)
     if mesh:
-        config = resolve_world(config, find_hardware().num_gpus)
         problems = [problem for problem in rules.check(config) if problem.key.split(".")[0] in ("parallel", "launch")]
         if problems:
             raise ConfigError(problems)
         print("\n".join(mesh_lines(config)))
         return 0
+    rules.require(config, lambda: composition.sources)
     planned = plan(config)
     if as_json:
-        import json
-
         print(json.dumps({**planned.to_dict(), "ds_config": planned.ds_config}, indent=2))
     else:
         planned.show()

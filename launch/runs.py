@@ -15,7 +15,7 @@ from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.launch.console import make_console
 from anyshard.trainer.callbacks.curves import plot as draw
-from anyshard.trainer.callbacks.curves import read_metrics
+from anyshard.trainer.callbacks.curves import read_metrics, write_csv
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
 
 
@@ -161,8 +161,10 @@ def ask(run: Path, wish: str) -> int:
 
 
 def plot(runs: Sequence[Path], out: Path | None) -> int:
-    """Draw the curves of one run or of several on one picture."""
+    """Draw the curves of one run or of several on one picture, and write them as CSV."""
     for run in runs:
         require_run(run)
+    for run in runs:
+        print(write_csv(run))
     print(draw(runs, out or (runs[0] / "curves.png" if len(runs) == 1 else Path("runs.png"))))
     return 0

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from anyshard.configs import frozen, rules, schema
-from anyshard.configs.compose import compose
+from anyshard.configs.compose import compose, compose_with_sources, finalize
 from anyshard.configs.compose import sweep as sweep_jobs
 from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
 from anyshard.configs.registry import lookup
@@ -34,13 +34,22 @@ def train(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -
     Raises:
         ConfigError: with every problem that was found; nothing was written.
     """
-    return start(compose(overrides, config_dir=config_dir), overrides, dry_run=dry_run)
+    composition = compose_with_sources(overrides, config_dir=config_dir)
+    config = finalize(composition.config, datetime.now())
+    return start(config, overrides, dry_run=dry_run, sources=lambda: composition.sources)
 
 
-def start(config: schema.Config, overrides: Sequence[str], *, dry_run: bool, force: bool = False) -> int:
-    """Check, plan, freeze and start a composed configuration."""
+def start(
+    config: schema.Config, overrides: Sequence[str], *, dry_run: bool, force: bool = False, sources: rules.Sources = dict
+) -> int:
+    """Check, plan, freeze and start a composed configuration.
+
+    Args:
+        force: accept a run directory that holds other mathematics.
+        sources: what set each key, to name the file to blame.
+    """
     config = resolve_world(config, find_hardware().num_gpus)
-    rules.require(config)
+    rules.require(config, sources)
     run_dir = frozen.run_dir_of(config)
     check_not_submitted(run_dir)
     check_free(run_dir)
@@ -124,7 +133,15 @@ def sweep(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -
         print(f"run {number + 1} of {len(jobs)}: {' '.join(job[1:])}", flush=True)
         code = start(config, job, dry_run=dry_run)
         worst = worst or code
+        if code == EXIT_REQUEUE and not _meant_to_stop(config) and number + 1 < len(jobs):
+            print(f"stopped: the other {len(jobs) - number - 1} runs of the sweep are not started", file=sys.stderr)
+            return code
     return worst
+
+
+def _meant_to_stop(config: schema.Config) -> bool:
+    """Whether an early stop is what its configuration says, and not what somebody wished meanwhile."""
+    return config.stop.at_step is not None or config.stop.at_s is not None
 
 
 def freeze(config: schema.Config, overrides: Sequence[str], planned: Plan, run_dir: Path) -> None:

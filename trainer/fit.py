@@ -103,19 +103,21 @@ def fit_as_process(
     *,
     signals: Signals,
     overrides: Sequence[str] = (),
+    timeout_s: float | None = None,
     on_agreed: Callable[[Path], None] = lambda run_dir: None,
 ) -> Outcome:
     """`fit` for a process that is nothing but this rank.
 
     Args:
         overrides: what made `config`, for overrides.yaml.
+        timeout_s: `launch.timeout_s`, where `config` is not known before the ranks have met.
         on_agreed: called with the run directory once it is known and locked, before anything long begins.
 
     Raises:
         AnyshardError: as `fit`.
     """
     started_s = time.monotonic()
-    rank = _join(config, started_s)
+    rank = _join(config, started_s, timeout_s)
     with contextlib.ExitStack() as held:
         held.callback(setattr, signals, "training", False)
         agreed = _agree(config, rank, held, overrides)
@@ -124,7 +126,7 @@ def fit_as_process(
         return _fit(agreed, task, rank, signals)
 
 
-def _join(config: schema.Config | Callable[[], schema.Config], started_s: float) -> Rank:
+def _join(config: schema.Config | Callable[[], schema.Config], started_s: float, timeout_s: float | None) -> Rank:
     """Meet the other ranks. Collective."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -135,7 +137,8 @@ def _join(config: schema.Config | Callable[[], schema.Config], started_s: float)
     device = comm.device_of(env)
     if device.type == "cpu":
         _build_ops(["shm_comm"], env, optional=True)
-    timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
+    if timeout_s is None:
+        timeout_s = config.launch.timeout_s if isinstance(config, schema.Config) else schema.Launch().timeout_s
     if not dist.is_initialized():
         comm.init_distributed(env, device, timeout_s=timeout_s)
     control = comm.control_group(env, timeout_s=timeout_s)
@@ -207,6 +210,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
     groups = create_groups(mesh_of(config), rank.env.rank)
     batch = plan_batch(config.train, groups.mesh.dp)
     ds_config = compile_ds_config(config, batch)
+    callbacks = Callbacks.build(config.callbacks)  # a wrong option is told before anything long begins
     first = rank.env.rank == 0
     trackers = build_trackers(config, run_dir, rank=rank.env.rank)
     with Reporter(run_dir, rank=rank.env.rank, max_steps=config.train.max_steps, trackers=trackers) as reporter:
@@ -230,7 +234,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
         else:
             task = fitted(task, ds_config, config, groups)
         engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
-        return _train(config, task, engine, batch, rank, signals, reporter, data_fingerprint)
+        return _train(config, task, engine, batch, callbacks, rank, signals, reporter, data_fingerprint)
 
 
 def _train(
@@ -238,13 +242,13 @@ def _train(
     task: Task,
     engine: Engine,
     batch: BatchPlan,
+    callbacks: Callbacks,
     rank: Rank,
     signals: Signals,
     reporter: Reporter,
     data_fingerprint: str | None,
 ) -> Outcome:
     run_dir = frozen.run_dir_of(config)
-    callbacks = Callbacks.build(config.callbacks)
     progress = Progress()
     manager = CheckpointManager(
         frozen.checkpoint_dir_of(config),

@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint it takes, and what is said and done where that is of another layout or other options."""
+"""Where a run goes on: from which checkpoint, and what is said and done where that has another layout or other options."""
 
 from __future__ import annotations
 

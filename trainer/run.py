@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
                 lambda: compose(overrides, config_dir=config_dir),
                 signals=signals,
                 overrides=overrides,
+                timeout_s=_timeout_s(overrides),
                 on_agreed=log_to,
             )
     except Interrupted as interruption:
@@ -80,6 +81,14 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         return _fail(error, stderr, redirected=redirected)
     return stop_code(os.environ) if outcome.stopped else EXIT_DONE
+
+
+def _timeout_s(overrides: Sequence[str]) -> float | None:
+    """`launch.timeout_s` as the command line has it: the ranks meet before rank 0 composes."""
+    given = [text.partition("=")[2] for text in overrides if text.lstrip("+").startswith("launch.timeout_s=")]
+    with contextlib.suppress(ValueError, IndexError):  # composing has more to say about a wrong one
+        return float(given[-1])
+    return None
 
 
 def stop_code(environ: Mapping[str, str]) -> int:

@@ -132,3 +132,28 @@ def test_a_child_that_dies_is_an_error_with_its_last_words(monkeypatch):
     monkeypatch.setattr(planning.sys, "executable", "/bin/false")
     with pytest.raises(LaunchError, match="the model could not be looked at"):
         planning.param_table(compose(["debug=smoke", "model.config.hidden_size=48", "model.config.intermediate_size=96"]))
+
+
+def test_a_cache_that_is_cut_off_or_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ANYSHARD_CACHE", str(cache))
+    config = compose(["model=tiny"])
+    table = planning.param_table(config)
+    (cached,) = (cache / "params").glob("*.json")
+    cached.write_text(cached.read_text()[:100])
+    assert planning.param_table(config) == table
+    assert planning.param_table(config) == table  # from the mended entry
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ANYSHARD_CACHE", str(tmp_path / "file" / "below"))
+    assert planning.param_table(config) == table
+
+
+def test_everything_is_printed_and_the_file_to_blame_is_named(tmp_path):
+    shown = anyshard("plan", "model=tiny", "zero=z2", cwd=tmp_path).stdout
+    for text in ("model.layers.*.mlp.up_proj.weight (4x)", "model.embed_tokens.weight", '"stage": 2'):
+        assert text in shown
+    (tmp_path / "mine" / "schedule").mkdir(parents=True)
+    (tmp_path / "mine" / "schedule" / "long.yaml").write_text("name: cosine\nwarmup_steps: 5000\n")
+    refused = anyshard("plan", "--config-dir", "mine", "schedule=long", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"(Set in {tmp_path}/mine/schedule/long.yaml.)" in refused.stderr

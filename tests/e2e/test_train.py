@@ -277,6 +277,17 @@ def test_a_sweep_is_one_launch_after_the_other(tmp_path):
     assert len(list(tmp_path.glob("multirun/*/*/metrics.jsonl"))) == 2
 
 
+def test_a_sweep_ends_with_the_run_that_somebody_stops(tmp_path):
+    process = start("train", *SMOKE, "-m", "seed=1,2", "launch.procs_per_node=1", "train.max_steps=100000", cwd=tmp_path)
+    (metrics,) = wait_for(lambda: list(tmp_path.glob("multirun/*/0/metrics.jsonl")), process)
+    wait_for(lambda: steps(metrics.parent), process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 75
+    assert "stopped: the other 1 runs of the sweep are not started" in err
+    assert not list(tmp_path.glob("multirun/*/1"))
+
+
 @pytest.mark.parametrize("example", ["vision_classifier", "masked_lm"])
 def test_examples_train_save_and_resume_at_dp_2_zero_3(tmp_path, example):
     from pathlib import Path

@@ -16,13 +16,14 @@ SMOKE = ["debug=smoke", "launch.procs_per_node=2"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """What a command inherits here: one thread a rank, operators of this environment, nothing from a hub."""
+    """What a command inherits here: no GPU, operators of this environment, nothing from a hub."""
     scripts = str(Path(sys.executable).parent)
     return {
         **os.environ,
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
         "WANDB_MODE": "offline",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # ranks on the CPU, also where there are GPUs; tests/gpu shows them again
         **extra,
     }
 

@@ -55,7 +55,7 @@ class Callbacks:
             try:
                 members[name] = factory(**kwargs)
             except TypeError as error:
-                raise ConfigError(Problem(f"callbacks.{name}", kwargs, f"{error}.", "See docs/configuration.md.")) from error
+                raise ConfigError(Problem(f"callbacks.{name}", kwargs, f"{error}.", "See docs/callbacks.md.")) from error
         return cls(members)
 
     def call(self, hook: str, *args: Any) -> None:

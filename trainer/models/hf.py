@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -21,11 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
+from anyshard.configs.sources import OURS, read_yaml
 from anyshard.parallel.groups import Groups
 from anyshard.parallel.tensor import Sharder
 from anyshard.trainer.models.fill import Filler, Partition
 from anyshard.trainer.models.pretrained import load, local_path
 
+_SIZE = re.compile(r"(hidden_size|intermediate_size|vocab_size|head_dim|num_|n_)")
 # taken by PretrainedConfig beside the fields of a configuration class (transformers 5.23 configuration_utils.py:428)
 COMMON_KEYS = frozenset({"model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "num_labels"})
 
@@ -122,6 +125,7 @@ def _from_path(model: schema.Model, path: str) -> PretrainedConfig:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(local_path(path), trust_remote_code=model.trust_remote_code)
     if not model.config:
         return loaded
+    _refuse_another_preset(model, loaded)
     kind = model.config.get("model_type", loaded.model_type)
     if kind != loaded.model_type:
         reason = f"the model of model.path={path} is a {loaded.model_type}."
@@ -130,6 +134,22 @@ def _from_path(model: schema.Model, path: str) -> PretrainedConfig:
     with _refused("model.config", model.config):
         merged: PretrainedConfig = type(loaded).from_dict({**loaded.to_dict(), **model.config})
     return merged
+
+
+def _refuse_another_preset(model: schema.Model, loaded: PretrainedConfig) -> None:
+    """Refuse `model.path` beside one of our presets that describes another model: merged over, it would hide that of the path.
+
+    Raises:
+        ConfigError: it does.
+    """
+    file = OURS / "model" / f"{model.name}.yaml"
+    preset = read_yaml(file).get("config", {}) if file.is_file() else {}
+    there = loaded.to_dict()
+    sizes = [name for name in preset if _SIZE.match(name) and model.config.get(name) == preset[name]]
+    other = [f"{name}={preset[name]} (there {there[name]})" for name in sizes if there.get(name, preset[name]) != preset[name]]
+    if other:
+        reason = f"model={model.name} describes another model: {', '.join(other)}."
+        raise ConfigError(Problem("model.path", model.path, reason, "Use model=hf with model.path."))
 
 
 def _from_fields(model: schema.Model) -> PretrainedConfig:

@@ -29,6 +29,10 @@ def test_a_group_is_all_its_keys() -> None:
     assert [explanation.path for explanation in explain("stop", COMPOSITION)] == ["stop.at_step", "stop.at_s", "stop.margin_s"]
 
 
+def test_an_empty_mapping_is_explained_itself() -> None:
+    assert [explanation.path for explanation in explain("callbacks", COMPOSITION)] == ["callbacks"]
+
+
 def test_a_mapping_is_all_its_leaves() -> None:
     assert "model.config.hidden_size" in [explanation.path for explanation in explain("model.config", COMPOSITION)]
 

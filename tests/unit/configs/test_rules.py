@@ -215,7 +215,7 @@ def test_require_accepts_what_has_no_problem() -> None:
 def test_require_names_the_file_that_set_the_key() -> None:
     sources = {"zero.stage": "configs/zero/z0.yaml", "optimizer.lr": "override optimizer.lr=-1"}
     with pytest.raises(ConfigError) as caught:
-        require(make_config({"zero.stage": 0, "optimizer.lr": -1.0}), sources)
+        require(make_config({"zero.stage": 0, "optimizer.lr": -1.0}), lambda: sources)
     assert "(Set in configs/zero/z0.yaml.)" in str(caught.value)
     assert "(Set in override" not in str(caught.value)
 

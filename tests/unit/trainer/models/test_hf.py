@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anyshard.configs import schema
+from anyshard.configs.compose import compose
 from anyshard.configs.errors import ConfigError
 from anyshard.trainer.models import hf
 from anyshard.trainer.models.hf import build, hf_config
@@ -233,3 +234,13 @@ def test_code_that_leaves_a_tensor_without_value_is_found(forgotten: str, monkey
     monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", init)
     with pytest.raises(ConfigError, match=r"gives model.layers.0.mlp.extra no initial value"):
         _build(small_config("llama"))
+
+
+def test_a_preset_that_describes_another_model_than_the_path_is_refused(tmp_path: Path) -> None:
+    """Merged over the path's configuration, as keys of the user's own are, it would silently hide it."""
+    AutoConfig.for_model(**SMALL["llama"]).save_pretrained(tmp_path)
+    preset = compose(["model=llama_15m", f"model.path={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"model\.path=.*model=llama_15m describes another model: .*Use model=hf"):
+        hf_config(preset.model, preset.data)
+    own = compose(["model=hf", f"model.path={tmp_path}", "model.config.num_hidden_layers=1"])
+    assert hf_config(own.model, own.data).num_hidden_layers == 1

@@ -144,9 +144,9 @@ def activation_bytes(
     return shape.num_layers * layer
 
 
-def logits_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str) -> int:
+def logits_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, tp: int = 1) -> int:
     """Bytes of the logits at the end of the forward pass: as computed, in fp32 for the loss, and its gradient."""
-    return micro_batch_size * sequence_length * shape.vocab_size * (BYTES[dtype] + 4 + 4)
+    return micro_batch_size * sequence_length * -(-shape.vocab_size // tp) * (BYTES[dtype] + 4 + 4)
 
 
 def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, sequence_length: int, recompute: bool) -> Memory:
@@ -164,7 +164,9 @@ def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, seq
             recompute=recompute,
             tp=layout.tp,
         ),
-        logits=logits_bytes(shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype),
+        logits=logits_bytes(
+            shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype, tp=layout.tp
+        ),
         optimizer_on_host=layout.optimizer_on_host,
         params_on_host=layout.params_on_host,
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
+from anyshard.parallel import vocabulary
 from anyshard.trainer.data.build import Splits
 from anyshard.trainer.data.loader import collate_tokens
 from anyshard.trainer.task import Batch, Task
@@ -22,20 +23,26 @@ def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Shape: input_ids_BS, labels_BS (labels are shifted already: labels[:, t] follows input_ids[:, t]).
     """
-    total = F.cross_entropy(_flat_logits(model, batch), batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / count_targets(batch).clamp(min=1)
+    return _loss(model, batch, "sum") / count_targets(batch).clamp(min=1)
 
 
 def full_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The same of a batch whose every position has a target: nothing needs to be counted."""
-    return F.cross_entropy(_flat_logits(model, batch), batch["labels"].flatten())
+    return _loss(model, batch, "mean")
 
 
-def _flat_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Shape: returns [B*S, V] float32."""
+def _loss(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
+    """Cross-entropy in float32, its sum over all targets, or its mean where every position has one."""
+    targets_N = batch["labels"].flatten()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits_BSV: Tensor = model(**inputs, use_cache=False).logits
-    return logits_BSV.float().flatten(0, 1)
+    head = vocabulary.split_head(model)
+    if head is None:
+        logits_BSV: Tensor = model(**inputs, use_cache=False).logits
+        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_N, ignore_index=IGNORE, reduction=reduction)
+    with vocabulary.local_logits(head):
+        logits_BSV = model(**inputs, use_cache=False).logits
+    losses_N = vocabulary.cross_entropy(logits_BSV.flatten(0, 1), targets_N, head, ignore_index=IGNORE)
+    return losses_N.sum() if reduction == "sum" else losses_N.mean()
 
 
 def count_targets(batch: Batch) -> Tensor:

@@ -109,3 +109,49 @@ def test_more_ranks_than_key_value_heads(family: str) -> None:
 
 def test_replicas_of_a_split_model() -> None:
     _check(run_ranks(_differences, 4, family="qwen3", tp=2, changes={}))
+
+
+def _split_vocabulary(separate: bool) -> dict[str, Any]:
+    """On a rank: loss and gradients where no rank sees all logits, and how many it sees."""
+    import torch.distributed as dist
+
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.part import part_of
+    from anyshard.parallel.topology import Mesh
+    from anyshard.trainer.lm import IGNORE, causal_lm_loss, full_lm_loss
+
+    config = small_config("qwen3")
+    config.model.config = config.model.config | {"vocab_size": 273}
+    whole, split = _built(config, None), _built(config, create_groups(Mesh(dp=1, tp=2), dist.get_rank()))
+    widths = []
+    split.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[-1]))
+    tokens_BS = torch.randint(0, 273, (2, 17), generator=torch.Generator().manual_seed(3))
+    labels_BS = tokens_BS[:, 1:].clone()
+    loss_fn = full_lm_loss
+    if separate:
+        loss_fn, labels_BS[0, 3:7] = causal_lm_loss, IGNORE
+    batch = {"input_ids": tokens_BS[:, :-1], "labels": labels_BS}
+    losses = [loss_fn(model, batch) for model in (whole, split)]
+    for loss in losses:
+        loss.backward()
+    part = part_of(split.lm_head.weight)
+    assert part is not None
+    expected = whole.lm_head.weight.grad[tuple(slice(*side) for side in part.box)]
+    with torch.no_grad():
+        full = split(input_ids=batch["input_ids"], use_cache=False).logits.shape[-1]
+    return {
+        "loss": float((losses[1] - losses[0]).abs() / losses[0]),
+        "gradient": float((split.lm_head.weight.grad - expected).abs().max() / expected.abs().max()),
+        "widths": widths,
+        "full": full,
+    }
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_no_rank_sees_all_logits_of_the_loss(separate: bool) -> None:
+    found = run_ranks(_split_vocabulary, 2, separate=separate)
+    for rank in found:
+        assert rank["loss"] < 1e-6
+        assert rank["gradient"] < 1e-5
+        assert rank["full"] == 273  # whoever samples text sees all
+    assert [rank["widths"][0] for rank in found] == [137, 136]

@@ -71,3 +71,20 @@ def test_a_batch_is_divided_over_all_ranks_without_an_mpu() -> None:
         where = "runtime/config.py:471"
         still(without == 2, where, "self.world_size = dist.get_world_size()", "parallel/groups.py: Groups.mpu")
         assert with_ours == 1
+
+
+def test_the_loss_of_a_split_vocabulary_takes_what_we_give_it() -> None:
+    """sequence/cross_entropy.py:61, and the wait at each call that has us leave its public wrapper out."""
+    from deepspeed.sequence import cross_entropy
+
+    arguments = list(inspect.signature(cross_entropy._VocabParallelCrossEntropy.forward).parameters)
+    assert arguments[1:] == [
+        "vocab_parallel_logits",
+        "target",
+        "tp_group",
+        "vocab_start_index",
+        "vocab_end_index",
+        "ignore_index",
+    ]
+    waits = "invalid_target.any().item()" in inspect.getsource(cross_entropy.vocab_parallel_cross_entropy)
+    still(waits, "sequence/cross_entropy.py:245", "invalid_target.any().item()", "parallel/vocabulary.py: cross_entropy")

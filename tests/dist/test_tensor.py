@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers.models import SMALL, SPLIT_ONLY, small_config
 from helpers.ranks import run_ranks
+from helpers.sampling import some
 from torch import nn
 
 pytestmark = pytest.mark.dist
 
 FAMILIES = [*SMALL, *SPLIT_ONLY]
+ALWAYS = [*SMALL, *some(list(SPLIT_ONLY), 3)]
 
 
 def _built(config: Any, groups: Any) -> nn.Module:
@@ -77,7 +79,9 @@ def _check(found: list[dict[str, Any]]) -> None:
         assert rank["gradients"][1] < 2e-5, rank["gradients"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_gradient_is_that_of_the_whole_model(family: str) -> None:
     found = run_ranks(_differences, 2, family=family, tp=2, changes={})
     _check(found)
@@ -155,3 +159,34 @@ def test_no_rank_sees_all_logits_of_the_loss(separate: bool) -> None:
         assert rank["gradient"] < 1e-5
         assert rank["full"] == 273  # whoever samples text sees all
     assert [rank["widths"][0] for rank in found] == [137, 136]
+
+
+def _pretrained(path: str) -> float:
+    """On a rank: the largest difference of a loaded and split model's parameters from those in the file."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    from anyshard.configs.schema import Init
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.part import part_of
+    from anyshard.parallel.topology import Mesh
+
+    config = small_config("gpt2", path=path, init=Init.pretrained, config={})
+    split = _built(config, create_groups(Mesh(dp=1, tp=2), dist.get_rank()))
+    stored = load_file(f"{path}/model.safetensors")
+    worst = 0.0
+    for name, param in split.named_parameters():
+        part = part_of(param)
+        whole = stored[name if part is None else part.name]
+        region = ... if part is None else tuple(slice(*side) for side in part.box)
+        worst = max(worst, float((param - whole[region]).abs().max()))
+    return worst
+
+
+def test_pretrained_weights_are_split_as_they_are_read(tmp_path: Any) -> None:
+    from transformers import GPT2LMHeadModel
+
+    whole = _built(small_config("gpt2"), None)
+    assert isinstance(whole, GPT2LMHeadModel)
+    whole.save_pretrained(tmp_path)
+    assert run_ranks(_pretrained, 2, path=str(tmp_path)) == [0.0, 0.0]

@@ -29,7 +29,7 @@ def values_of(model: torch.nn.Module, *, states: bool = True) -> Values:
     """Everything that a checkpoint of the model holds, with made-up Adam states."""
     generator = torch.Generator().manual_seed(1)
     values: Values = {}
-    for name, param in layout.parameters(model).items():
+    for param, name in layout.parameters(model).items():
         values[name, "param"] = param.detach().clone()
         if states and param.requires_grad:
             values[name, "exp_avg"] = torch.randn(param.shape, generator=generator)

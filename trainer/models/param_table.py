@@ -79,8 +79,8 @@ class ParamTable:
     max_positions: int | None
     num_experts: int
     experts_per_token: int
-    split_source: str
-    unsplittable: str | None
+    split_source: str = "none"
+    unsplittable: str | None = None
 
     @property
     def num_params(self) -> int:

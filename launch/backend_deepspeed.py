@@ -14,11 +14,21 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, ConfigError, EnvError, Problem
+from anyshard.configs.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    ConfigError,
+    EnvError,
+    Problem,
+)
+from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.schema import Runner
 from anyshard.launch import hostfile
 from anyshard.launch.backend_local import signals_of_people
-from anyshard.launch.runs import ended_with_a_stop
+from anyshard.launch.runs import ended_with_a_stop, last_attempt
 from anyshard.launch.spec import LaunchSpec, Rendered
 
 DEFAULT_PORT = 29500
@@ -41,7 +51,7 @@ class DeepspeedBackend:
         hostfile_path = Path(options.hostfile).absolute() if options.hostfile else folder / "hostfile"
         master = options.master_addr or next(iter(hostfile.select(hosts, options.include, options.exclude)))
         port = str(spec.port or DEFAULT_PORT)
-        env = dict(spec.env)
+        env = {**spec.env, LAUNCHER_VARIABLE: "deepspeed"}
         if options.runner is Runner.openmpi:  # mpirun says nothing about where to meet
             env |= {"MASTER_ADDR": master, "MASTER_PORT": port}
         argv = [
@@ -57,7 +67,7 @@ class DeepspeedBackend:
         files = {} if options.hostfile else {hostfile_path: hostfile.render(hosts)}
         variables = "".join(f"{name}={value}\n" for name, value in sorted(env.items()))  # as they are: no shell reads this
         files[folder / "deepspeed.env"] = variables
-        return Rendered(argv, {**spec.env, "DS_ENV_FILE": str(folder / "deepspeed.env")}, files)
+        return Rendered(argv, {**env, "DS_ENV_FILE": str(folder / "deepspeed.env")}, files)
 
     def check(self, spec: LaunchSpec) -> None:
         """As many ranks as were asked for, and the program that reaches other nodes.
@@ -120,7 +130,11 @@ class DeepspeedBackend:
                 signal.signal(number, handler)
         if ended_with_a_stop(spec.run_dir):
             return EXIT_REQUEUE
-        return EXIT_DONE if code == 0 else code if code in (2, 3, 75) else EXIT_FAILED
+        if code == 0 and not any(event["event"] == "done" for event in last_attempt(spec.run_dir)):
+            # deepspeed 0.19.8 launcher/runner.py ends with 0 when what it started was killed
+            print(f"the deepspeed launcher ended without a word; see {spec.run_dir}/logs", file=sys.stderr)
+            return EXIT_FAILED
+        return code if code in (EXIT_DONE, EXIT_CONFIG, EXIT_ENVIRONMENT, EXIT_REQUEUE) else EXIT_FAILED
 
 
 def read_hosts(spec: LaunchSpec) -> dict[str, int]:
@@ -147,7 +161,7 @@ def read_hosts(spec: LaunchSpec) -> dict[str, int]:
 def _runner(spec: LaunchSpec) -> list[str]:
     runner = spec.options.deepspeed.runner
     if spec.nodes == 1:
-        return []
+        return ["--no_ssh_check"]  # the launcher would try to reach even this host by ssh
     if runner is Runner.no_ssh:
         return ["--no_ssh", "--node_rank", str(spec.options.deepspeed.node_rank)]
     return ["--launcher", runner.value]

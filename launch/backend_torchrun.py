@@ -38,7 +38,8 @@ class TorchrunBackend(LocalBackend):
             "--run-dir",
             str(spec.run_dir),
         ]
-        return Rendered(argv, spec.env)
+        env = {**spec.env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if options.max_restarts else spec.env
+        return Rendered(argv, env)
 
     def check(self, spec: LaunchSpec) -> None:
         """A GPU for each rank where there are any, and a free port where others connect to.

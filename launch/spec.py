@@ -98,6 +98,7 @@ REASONS = {
     "DS_ACCELERATOR": "DeepSpeed need not look for a GPU where there is none",
     "PYTORCH_CUDA_ALLOC_CONF": "freed blocks of odd sizes are joined instead of kept apart: ZeRO-3 runs out of memory later",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "a rank whose peer is gone fails instead of waiting for it on the GPU",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "ranks that torchrun starts again would wait at the addresses of those before them",
     "NCCL_DEBUG": "NCCL names the interface or the peer that it could not reach",
 }
 """Why each variable is set; docs/cluster.md shows it."""

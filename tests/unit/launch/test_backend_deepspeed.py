@@ -65,7 +65,14 @@ def test_without_hosts_it_is_this_one():
 
 @pytest.mark.parametrize(
     ("code", "events", "result"),
-    [(0, ["start", "done"], 0), (1, ["start"], 1), (2, [], 2), (1, ["start", "stop"], 75), (255, ["stop", "start"], 1)],
+    [
+        (0, ["start", "done"], 0),
+        (0, ["start"], 1),
+        (1, ["start"], 1),
+        (2, [], 2),
+        (1, ["start", "stop"], 75),
+        (255, ["stop", "start"], 1),
+    ],
 )
 def test_how_the_run_ended(tmp_path, code, events, result):
     python = tmp_path / "python"
@@ -74,4 +81,4 @@ def test_how_the_run_ended(tmp_path, code, events, result):
     (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
     assert DeepspeedBackend().submit(spec_with(tmp_path, nodes=1, python=str(python))) == result
     assert (tmp_path / "launch" / "hostfile").read_text() == "localhost slots=4\n"
-    assert (tmp_path / "launch" / "deepspeed.env").read_text() == "OMP_NUM_THREADS=1\n"
+    assert (tmp_path / "launch" / "deepspeed.env").read_text() == "ANYSHARD_LAUNCHER=deepspeed\nOMP_NUM_THREADS=1\n"

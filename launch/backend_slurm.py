@@ -90,7 +90,7 @@ class SlurmBackend:
         print(f"  script    {rendered.argv[-1]}")
         print(f"  output    {logs / (name % job)}")
         print(f"  ranks     {logs}/rank00000.log ...")
-        print(f"  progress  anyshard runs tail {spec.run_dir} -f")
+        print(f"  progress  anyshard runs tail {spec.run_dir}")
         print(f"  queue     squeue -j {job}")
         print(f"  stop      anyshard runs stop {spec.run_dir}   (with a save; scancel {job} ends a job that waits)")
         return EXIT_DONE

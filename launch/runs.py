@@ -14,6 +14,7 @@ from rich.table import Table
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.launch.console import make_console
+from anyshard.launch.slurm import job_in_queue
 from anyshard.trainer.callbacks.curves import plot as draw
 from anyshard.trainer.callbacks.curves import read_metrics, write_csv
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
@@ -56,12 +57,15 @@ def ended_with_a_stop(run: Path) -> bool:
 
 
 def state_of(run: Path) -> str:
-    """new, running, done, stopped or died: by the last attempt's events and whether its process lives."""
-    events = read_events(run)
-    starts = [number for number, event in enumerate(events) if event["event"] == "start"]
-    if not starts:
+    """queued or running by Slurm's queue; else new, running, done, stopped or died by the last attempt's events and process."""
+    attempt = last_attempt(run)
+    job = job_in_queue(run)
+    if job is not None and job.state == "PENDING":
+        return "queued"
+    if job is not None and job.state == "RUNNING" and not any(event["event"] == "done" for event in attempt):
+        return "running"
+    if not attempt:
         return "new"
-    attempt = events[starts[-1] :]
     kinds = [event["event"] for event in attempt]
     if "done" in kinds:
         return "done"

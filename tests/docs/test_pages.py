@@ -12,6 +12,7 @@ from typer.main import get_command
 from anyshard.configs.compose import compose
 from anyshard.configs.composes import axes_table, composition_table
 from anyshard.launch.cli import app
+from anyshard.launch.spec import REASONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -82,3 +83,11 @@ def test_the_tree_of_the_readme_is_there():
     names = re.findall(r"^(\w+/)  ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(names) >= 6
     assert all((ROOT / name).is_dir() for name in names)
+
+
+def test_every_variable_that_is_set_is_explained():
+    text = (ROOT / "docs/cluster.md").read_text()
+    table = text.partition("<!-- variables -->")[2].partition("<!-- /variables -->")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(REASONS)
+    for name, reason in REASONS.items():
+        assert re.search(rf"^\| `{name}` \| .+ \| {re.escape(reason)} \|$", table, re.MULTILINE), name

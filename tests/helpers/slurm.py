@@ -129,6 +129,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    preexec_fn=_unblock,
                 )
             )
             log.close()
@@ -155,6 +156,10 @@ _MUNGE = {
     "log-file": "d.log",
     "seed-file": ".seed",
 }
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _end_jobs(cluster: Cluster) -> None:
@@ -185,8 +190,9 @@ def _free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-if __name__ == "__main__":  # python -m helpers.slurm FOLDER: a cluster to play with, until Ctrl-C
+if __name__ == "__main__":  # python -m helpers.slurm FOLDER: a cluster to play with, until a signal
+    signals = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with slurm_cluster(Path(sys.argv[1])) as running:
         print(f"export SLURM_CONF={running.env['SLURM_CONF']}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.sigwait(signals)

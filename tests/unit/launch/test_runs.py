@@ -80,3 +80,23 @@ def test_tail_prints_the_last_lines(run, capsys):
     write(run / "metrics.jsonl", [{"step": step, "train/loss": step / 3} for step in range(5)])
     assert runs.tail(run, lines=2, follow=False) == 0
     assert capsys.readouterr().out == "step=3 train/loss=1\nstep=4 train/loss=1.33333\n"
+
+
+@pytest.mark.parametrize(
+    ("queue", "events", "state"),
+    [
+        ("PENDING (Priority)", [], "queued"),
+        ("PENDING (BeginTime)", ["start", "stop"], "queued"),
+        ("RUNNING n1", ["start", "stop"], "running"),  # requeued, and its ranks are on their way
+        ("RUNNING n1", ["start"], "running"),  # on another host than this
+        ("RUNNING n1", ["start", "done"], "done"),
+        ("", ["start", "stop"], "stopped"),
+    ],
+)
+def test_the_state_of_a_run_in_slurms_queue(run, tmp_path, monkeypatch, queue, events, state):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{queue}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (run / "slurm.json").write_text('{"job_id": "5"}')
+    write(run / "events.jsonl", [{"event": event, "pid": 2**22 + 1, "time": 0} for event in events])
+    assert runs.state_of(run) == state

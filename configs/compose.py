@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from anyshard.configs.errors import ConfigError
+from anyshard.configs.places import is_remote
 from anyshard.configs.rules import with_sources
 from anyshard.configs.schema import BUILT_IN_TOKENIZERS, RESUME_WORDS, Config
 from anyshard.configs.sources import OURS, config_dirs, group_choices, set_by
@@ -156,7 +157,7 @@ def finalize(config: Config, now: datetime, cwd: Path | None = None) -> Config:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return str(base / Path(path).expanduser())
+    return path if is_remote(path) else str(base / Path(path).expanduser())
 
 
 def _absolute_if_here(path_or_id: str, base: Path) -> str:

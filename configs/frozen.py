@@ -18,6 +18,7 @@ import yaml
 
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.keys import flatten, plain
+from anyshard.configs.places import place
 from anyshard.configs.schema import Config
 from anyshard.configs.structure import structure
 from anyshard.configs.writing import write_file, writing
@@ -93,7 +94,7 @@ def run_dir_of(config: Config) -> Path:
 
 def checkpoint_dir_of(config: Config) -> Path:
     """The folder of the run's checkpoints."""
-    return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir_of(config) / "checkpoints"
+    return place(config.checkpoint.dir) if config.checkpoint.dir else run_dir_of(config) / "checkpoints"
 
 
 def checkpoint_dir_in(run_dir: Path) -> Path:
@@ -105,7 +106,7 @@ def checkpoint_dir_in(run_dir: Path) -> Path:
         configured = load_frozen(run_dir).checkpoint.dir
     except ConfigError:
         configured = None
-    return Path(configured) if configured else run_dir / "checkpoints"
+    return place(configured) if configured else run_dir / "checkpoints"
 
 
 def freeze(config: Config, overrides: Sequence[str], run_dir: Path) -> None:
@@ -196,7 +197,7 @@ def has_progress(run_dir: Path, held: Config) -> bool:
     One that a failed start left behind does not; the next start may use it with another configuration.
     """
     metrics = run_dir / "metrics.jsonl"
-    checkpoints = Path(held.checkpoint.dir) if held.checkpoint.dir else run_dir / "checkpoints"
+    checkpoints = place(held.checkpoint.dir) if held.checkpoint.dir else run_dir / "checkpoints"
     return (metrics.is_file() and metrics.stat().st_size > 0) or any(checkpoints.glob("step-*"))
 
 

@@ -270,7 +270,9 @@ class Checkpoint:
         why="null: none does",
     )
     best_is: Best = key(Best.lowest, "Which value of checkpoint.best_metric is the best.")
-    dir: Optional[str] = key(None, "Folder of checkpoints.", why="null: <run.dir>/checkpoints")
+    dir: Optional[str] = key(
+        None, "Folder of checkpoints, also in an object store (s3://bucket/folder).", why="null: <run.dir>/checkpoints"
+    )
     at_end: bool = key(True, "Save after the last step.")
     staging_gib: Optional[float] = key(
         None,

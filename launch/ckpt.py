@@ -14,9 +14,11 @@ from rich.table import Table
 
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, EnvError
 from anyshard.configs.frozen import checkpoint_dir_in
+from anyshard.configs.places import is_remote, place
 from anyshard.launch.console import make_console
 from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Commit, Manifest
+from anyshard.trainer.checkpoint.store import store_of
 
 
 def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
@@ -25,7 +27,8 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
     Returns:
         0, also when some are damaged; 1 when there are none.
     """
-    directories = (Path(run_or_dir), checkpoint_dir_in(Path(run_or_dir)))
+    run_or_dir = place(run_or_dir)
+    directories = _folders(run_or_dir)
     found = [each for directory in directories for each in catalog.list_checkpoints(directory)]
     rows = [_row(each) for each in found]
     if as_json:
@@ -47,6 +50,11 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
     else:
         Console(stderr=True).print(f"{run_or_dir}: no checkpoints", highlight=False)
     return EXIT_DONE if rows else EXIT_FAILED
+
+
+def _folders(run_or_dir: Path) -> tuple[Path, Path]:
+    """Where checkpoints may be."""
+    return run_or_dir, run_or_dir / "checkpoints" if is_remote(run_or_dir) else checkpoint_dir_in(run_or_dir)
 
 
 def _row(found: catalog.Found) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def show(path: Path, *, as_json: bool = False) -> int:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    path = catalog.resolve(Path(path))
+    path = catalog.resolve(place(path))
     commit = catalog.read_commit(path)
     manifests = catalog.read_manifests(path, commit)
     content = _content(path, commit, manifests)
@@ -136,7 +144,7 @@ def verify(path: Path, *, as_json: bool = False) -> int:
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    path = catalog.resolve(Path(path))
+    path = catalog.resolve(place(path))
     damages = _verify(path, show_progress=not as_json)
     if as_json:
         print(json.dumps({"path": str(path), "damages": [vars(damage) for damage in damages]}))
@@ -167,9 +175,10 @@ def prune(run: Path, *, keep: int, keep_every: int = 0, dry_run: bool = False, a
         CheckpointError: there is no good checkpoint, or a save is going on.
         EnvError: one could not be removed.
     """
-    default = checkpoint_dir_in(run)
-    directory = next((each for each in (run, default) if catalog.list_checkpoints(each)), default)
-    writing = retention.being_written(directory)
+    folders = _folders(place(run))
+    directory = next((each for each in folders if catalog.list_checkpoints(each)), folders[-1])
+    store = store_of(directory)
+    writing = store.being_written()
     if writing:
         raise CheckpointError(
             f"{writing[0]} is being written: a run that saves removes old checkpoints itself (checkpoint.keep). "
@@ -182,10 +191,10 @@ def prune(run: Path, *, keep: int, keep_every: int = 0, dry_run: bool = False, a
     if not dry_run:
         for path in going:
             try:
-                retention.remove(path)
+                store.remove(path)
             except OSError as error:
                 raise EnvError(f"{path}: cannot be removed ({error.strerror}).") from error
-        retention.collect(directory)
+        store.collect()
     if as_json:
         staying = [str(each.path) for each in found if each.path not in going]
         problems = {str(each.path): each.problem for each in found if each.problem}

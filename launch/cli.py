@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,6 +12,7 @@ import typer
 
 from anyshard import __version__
 from anyshard.configs.errors import EXIT_CONFIG, AnyshardError
+from anyshard.configs.places import as_env_error
 
 app = typer.Typer(
     name="anyshard",
@@ -298,10 +301,22 @@ def config_explain(
     config.explain(key, overrides or [], config_dir=config_dir)
 
 
+@contextlib.contextmanager
+def _object_stores() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        told = as_env_error(error)
+        if told is None:
+            raise
+        raise told from error
+
+
 def main() -> None:
     """Run the command line; an error of ours ends with its message and exit code, without a traceback."""
     try:
-        app()
+        with _object_stores():
+            app()
     except AnyshardError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         if error.exit_code == EXIT_CONFIG and sys.argv[1:2] in (["train"], ["resume"]):

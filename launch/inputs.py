@@ -11,6 +11,7 @@ from pathlib import Path
 from anyshard.configs import schema
 from anyshard.configs.errors import CheckpointError, ConfigError, Problem
 from anyshard.configs.frozen import checkpoint_dir_of, run_dir_of
+from anyshard.configs.places import is_remote, place
 from anyshard.configs.writing import check_writable
 from anyshard.trainer.checkpoint.catalog import list_checkpoints, resolve
 from anyshard.trainer.data.cache import cache_root
@@ -41,7 +42,8 @@ def check_inputs(config: schema.Config) -> None:
     if error is not None:
         raise error if len(problems) == 1 else ConfigError(problems)
     check_writable("run.dir", run_dir_of(config))
-    check_writable("checkpoint.dir", checkpoint_dir_of(config))
+    if not is_remote(checkpoint_dir_of(config)):  # ranks find out, before they train
+        check_writable("checkpoint.dir", checkpoint_dir_of(config))
     check_writable("data.cache_dir", cache_root(config.data))
 
 
@@ -57,11 +59,11 @@ def check_resume(config: schema.Config) -> None:
         raise ConfigError(Problem("resume", "must", f"there is no checkpoint in {folder}.", fix))
     if wanted in schema.RESUME_WORDS:
         return
-    if not Path(wanted).exists():
+    if not is_remote(wanted) and not Path(wanted).exists():
         fix = "Give a run directory, a step-XXXXXXXX directory, or auto, never or must."
         raise ConfigError(Problem("resume", wanted, "there is no such directory.", fix))
     try:
-        resolve(Path(wanted))
+        resolve(place(wanted))
     except CheckpointError as error:
         fix = "Give a run directory or a step-XXXXXXXX directory, or look with 'anyshard ckpt ls'."
         raise ConfigError(Problem("resume", wanted, "no sound checkpoint is there.", fix)) from error

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.configs.frozen import checkpoint_dir_in
+from anyshard.configs.places import is_remote
 from anyshard.trainer.checkpoint.boxes import share
 from anyshard.trainer.checkpoint.manifest import (
     COMMIT,
@@ -104,7 +106,7 @@ def _read(path: Path, nbytes: int | None) -> bytes:
             raise CheckpointError(f"{path}: it has {size} bytes, {expected} were expected.")
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
 def index_chunks(manifests: list[Manifest]) -> dict[tuple[str, str], list[Chunk]]:
@@ -125,6 +127,20 @@ def index_chunks(manifests: list[Manifest]) -> dict[tuple[str, str], list[Chunk]
             raise CheckpointError(f"{name} [{key}]: {defect}.")
         chunks.sort(key=lambda chunk: (chunk.box, chunk.start))
     return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether a checkpoint is there. In an object store COMMIT makes it one; a directory has its name when it is whole."""
+    return (path / COMMIT).is_file() if is_remote(path) else path.is_dir()
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file of a checkpoint, to read the parts that are asked for and nothing ahead of them."""
+    if not is_remote(path):
+        return path.open("rb", buffering=0)
+    remote: Any = path
+    opened: IO[bytes] = remote.fs.open(str(path), "rb", cache_type="none")
+    return opened
 
 
 def structure_problem(path: Path) -> str | None:
@@ -200,7 +216,7 @@ def _verify_chunk(path: Path, manifest: Manifest, number: int) -> list[Damage]:
     end = manifest.chunks[number + 1].offset if number + 1 < len(manifest.chunks) else manifest.num_bytes
     label = f"{chunk.tensor.name} [{chunk.tensor.key}]"
     try:
-        with (path / manifest.file).open("rb") as file:
+        with open_bytes(path / manifest.file) as file:
             file.seek(chunk.offset)
             content = file.read(chunk.nbytes)
             if len(content) < chunk.nbytes:
@@ -220,7 +236,7 @@ def list_checkpoints(directory: Path) -> list[Found]:
     """The checkpoints in a directory, newest first; temporary ones are not among them."""
     if not directory.is_dir():
         return []
-    found = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    found = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None and _exists(path)]
     return [Found(path, step, structure_problem(path)) for step, path in sorted(found, reverse=True)]
 
 
@@ -231,10 +247,10 @@ def resolve(path: Path) -> Path:
         CheckpointError: there is none.
     """
     if (path / COMMIT).exists() or step_of(path) is not None:
-        if not path.is_dir():
+        if not _exists(path):
             raise CheckpointError(f"{path}: there is no such checkpoint.")
         return path
-    for directory in (path, checkpoint_dir_in(path)):
+    for directory in (path, path / "checkpoints" if is_remote(path) else checkpoint_dir_in(path)):
         for found in list_checkpoints(directory):
             if found.problem is None:
                 return found.path

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs.errors import CheckpointError
+from anyshard.configs.places import place
 from anyshard.trainer.checkpoint import catalog, layout, optimizers, ram, retention
 from anyshard.trainer.checkpoint.capture import restore_scaler
 from anyshard.trainer.checkpoint.exchange import Exchange
@@ -22,6 +23,7 @@ from anyshard.trainer.checkpoint.faults import faults_of_environment
 from anyshard.trainer.checkpoint.manifest import Commit, Manifest, Scalar, Tensor
 from anyshard.trainer.checkpoint.reader import ChunkIndex, check_same_model, read_into
 from anyshard.trainer.checkpoint.saving import PendingSave, Saver, SaveResult
+from anyshard.trainer.checkpoint.store import store_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,8 @@ class CheckpointManager:
         bandwidth_mib_s: float | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = place(directory)
+        self._store = store_of(self.directory)
         self._verify = verify
         self._ranks = Exchange(group, timeout_s)
         self._event = event if self._ranks.rank == 0 else _no_event
@@ -184,7 +187,7 @@ class CheckpointManager:
         if resume == "never":
             return None
         if resume not in ("auto", "must"):
-            path = Path(self._ranks.on_first(lambda: str(catalog.resolve(Path(resume)))))
+            path = place(self._ranks.on_first(lambda: str(catalog.resolve(place(resume)))))
             self._refuse_damaged(path)
             return path
         names: list[str] = self._ranks.on_first(self._candidates)
@@ -225,11 +228,11 @@ class CheckpointManager:
         Raises:
             CheckpointError: one cannot be renamed.
         """
-        names: list[str] = self._ranks.on_first(lambda: retention.set_aside(self.directory, after_step))
+        names: list[str] = self._ranks.on_first(lambda: self._store.set_aside(after_step))
         return names
 
     def _candidates(self) -> list[str]:
-        retention.collect(self.directory)
+        self._store.collect()
         return [found.path.name for found in catalog.list_checkpoints(self.directory)]
 
     def _refuse_damaged(self, path: Path) -> None:
@@ -258,7 +261,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint is of another model or optimizer, or damaged; the same on every rank. Anything but
                 a failure while data is read leaves the engine as it was.
         """
-        ranks, path = self._ranks, Path(path)
+        ranks, path = self._ranks, place(path)
         optimizer = layout.inner_optimizer(engine)
         stored: list[_Stored] = []
         ranks.everywhere(lambda: stored.append(_load(path)))

@@ -8,26 +8,24 @@ A failure at any point is the same CheckpointError on every rank, and nothing of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from anyshard.configs.errors import CheckpointError, DiskFullError
+from anyshard.configs.places import place
 from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
-from anyshard.trainer.checkpoint.manifest import COMMIT, Commit, FileRef, data_name, dump_commit
-from anyshard.trainer.checkpoint.storage import replace_durably, sync_directory, write_durably
+from anyshard.trainer.checkpoint.manifest import Commit, FileRef, data_name, dump_commit
+from anyshard.trainer.checkpoint.store import Store
 from anyshard.trainer.checkpoint.writer import Written, file_bytes
 
 logger = logging.getLogger(__name__)
-
-LATEST = "latest"
-"""Advisory file with the name of the newest checkpoint, for people and scripts; nothing here reads it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Protocol:
         stay: which of them stay.
     """
 
-    directory: Path
+    store: Store
     stay: retention.Retention
     ranks: Exchange
     faults: Faults
@@ -62,11 +60,11 @@ class Protocol:
             CheckpointError: it failed, on any rank; the same on all. No trace of it is left, earlier ones are intact.
             DiskFullError: that was why.
         """
-        final = self.directory / catalog.checkpoint_name(step)
+        final = self.store.directory / catalog.checkpoint_name(step)
         temporary: Path | None = None
         try:
             self.ranks.meet()
-            temporary = Path(self.ranks.on_first(lambda: str(retention.make_temporary(self.directory, final.name))))
+            temporary = place(self.ranks.on_first(lambda: str(self.store.begin(final.name))))
             self.faults.reach("temporary")
             written = self.ranks.everywhere(lambda: asdict(self._write(write, temporary, final)))
             self.faults.reach("gathered")
@@ -75,7 +73,8 @@ class Protocol:
             self.ranks.on_first(lambda: self._commit(record(), temporary, final, written))
         except CheckpointError as error:
             if self.ranks.rank == 0 and temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(Exception):  # what is left is collected later
+                    self.store.abandon(temporary)
             text = str(error).rstrip(".").replace(str(temporary), str(final))
             if isinstance(error, DiskFullError):
                 text += ". Free some space on this disk, lower checkpoint.keep, or set checkpoint.dir to a folder on another"
@@ -99,15 +98,9 @@ class Protocol:
                     raise CheckpointError(
                         f"{temporary / name} has {file_bytes(temporary / name)} bytes, rank {rank} wrote {size}."
                     )
-        write_durably(temporary / COMMIT, dump_commit(dataclasses.replace(record, manifests=refs)))
-        sync_directory(temporary)
-        self.faults.reach("committed")
-        retention.publish(temporary, final)
-        self.faults.reach("renamed")
+        commit = dump_commit(dataclasses.replace(record, manifests=refs))
+        self.store.publish(temporary, final.name, commit, self.faults.reach)
         try:
-            (final / retention.LEASE).unlink()
-            replace_durably(self.directory / LATEST, f"{final.name}\n".encode())
-            retention.retain(self.directory, self.stay)
-            retention.collect(self.directory)
-        except OSError as error:  # the checkpoint exists: nothing here may undo that
+            self.store.tidy(final, self.stay)
+        except Exception as error:  # the checkpoint exists: nothing here may undo that
             logger.warning("after the save of %s: %s", final.name, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from anyshard.configs.errors import EnvError
 from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.manifest import COMMIT
-from anyshard.trainer.checkpoint.storage import new_file, sync_directory, write_at
+from anyshard.trainer.checkpoint.store import store_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,23 +78,28 @@ def drain(folder: Path, directory: Path) -> Path | None:
 
 
 def _copy(source: Path, directory: Path) -> Path:
-    final = directory / source.name
-    temporary = retention.make_temporary(directory, final.name)
+    store = store_of(directory)
+    begun = store.begin(source.name)
+    block = mmap.mmap(-1, COPY_BYTES)  # aligned, as writing past the page cache wants it
     try:
-        files = sorted(path for path in source.iterdir() if path.name not in (COMMIT, retention.LEASE))
-        for path in [*files, source / COMMIT]:
-            with path.open("rb") as file, new_file(temporary / path.name, path.stat().st_size) as descriptor:
-                offset = 0
-                while block := file.read(COPY_BYTES):
-                    write_at(descriptor, memoryview(block), offset)
-                    offset += len(block)
-        sync_directory(temporary)
-        retention.publish(temporary, final)
+        for path in sorted(path for path in source.iterdir() if path.name not in (COMMIT, retention.LEASE)):
+            size = path.stat().st_size
+            if path.suffix != ".bin":
+                store.write(begun / path.name, path.read_bytes())
+                continue
+            with path.open("rb", buffering=0) as file, store.data_file(begun / path.name, size) as write:
+                for offset in range(0, size, COPY_BYTES):
+                    write(memoryview(block)[: file.readinto(block)], offset)
+        final = store.publish(begun, source.name, (source / COMMIT).read_bytes(), _pass)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        store.abandon(begun)
         raise
-    (final / retention.LEASE).unlink(missing_ok=True)
+    (final / retention.LEASE).unlink()
     return final
+
+
+def _pass(point: str) -> None:
+    """A crash here is a crash like any other."""
 
 
 def discard(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from anyshard.configs.errors import CheckpointError
+from anyshard.trainer.checkpoint import catalog
 from anyshard.trainer.checkpoint.boxes import runs
 from anyshard.trainer.checkpoint.layout import Fragment
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Chunk, digest
@@ -70,7 +71,7 @@ def read_into(directory: Path, targets: Iterable[Fragment], stored: ChunkIndex, 
     """
     num_bytes = 0
     for name, reads in plan_reads(targets, stored).items():
-        with (directory / name).open("rb", buffering=0) as file:
+        with catalog.open_bytes(directory / name) as file:
             for chunk, copies in reads:
                 buffer = bytearray(chunk.nbytes)
                 file.seek(chunk.offset)

@@ -20,7 +20,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +76,24 @@ def boot_id() -> str:
 
 def writer_is_dead(directory: Path, now_s: float | None = None) -> bool:
     """Whether the process that holds the lease of a temporary directory is certainly gone."""
-    now_s = time.time() if now_s is None else now_s
-    age_s = now_s - directory.stat().st_mtime
     try:
-        content = json.loads((directory / LEASE).read_bytes())
+        content = (directory / LEASE).read_bytes()
+    except OSError:
+        content = b""
+    return holder_is_dead(content, directory.stat().st_mtime, now_s)
+
+
+def holder_is_dead(lease: bytes, changed_s: float, now_s: float | None = None) -> bool:
+    """Whether the process that holds a lease is certainly gone.
+
+    Args:
+        changed_s: when something last changed where the lease is, seconds since the epoch.
+    """
+    age_s = (time.time() if now_s is None else now_s) - changed_s
+    try:
+        content = json.loads(lease)
         host, boot, pid, started = content["host"], content["boot"], int(content["pid"]), float(content["started"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return age_s > YOUNG_S
     if host != socket.gethostname():
         return age_s > FOREIGN_LEASE_S
@@ -179,7 +191,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def retain(directory: Path, rule: Retention) -> list[str]:
+def retain(directory: Path, rule: Retention, remove_one: Callable[[Path], None] | None = None) -> list[str]:
     """Apply `plan_removal`; returns the names removed. A failure is logged: it must not end a run."""
     if not rule.keep:
         return []
@@ -189,7 +201,7 @@ def retain(directory: Path, rule: Retention) -> list[str]:
         best = best_of(found, rule.best_metric, highest=rule.best_is_highest)
     for path in plan_removal(found, rule.keep, rule.keep_every, best):
         try:
-            remove(path)
+            (remove_one or remove)(path)
             removed.append(path.name)
         except OSError as error:
             logger.warning("the old checkpoint %s could not be removed: %s", path, error)

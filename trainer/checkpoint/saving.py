@@ -30,6 +30,7 @@ from anyshard.trainer.checkpoint.protocol import Protocol
 from anyshard.trainer.checkpoint.retention import Retention
 from anyshard.trainer.checkpoint.snapshot import FilePlan, Snapshot, UpdateGuard
 from anyshard.trainer.checkpoint.staging import BLOCK_BYTES, MIN_BLOCKS, StagingPool, free_host_bytes, max_blocks
+from anyshard.trainer.checkpoint.store import store_of
 from anyshard.trainer.checkpoint.throttle import Throttle
 from anyshard.trainer.checkpoint.views import Views
 from anyshard.trainer.checkpoint.writer import CHUNK_BYTES, Written, write_blocks
@@ -132,7 +133,8 @@ class Saver:
         faults: Faults,
     ) -> None:
         self.guard = UpdateGuard()
-        self._protocol = Protocol(directory, stay, ranks, faults)
+        self._store = store_of(directory)
+        self._protocol = Protocol(self._store, stay, ranks, faults)
         self._ranks, self._told, self._faults = ranks, event, faults
         self._staging_bytes = staging_bytes
         self._throttle = Throttle(bytes_per_s)
@@ -280,6 +282,7 @@ class Saver:
                 blocks,
                 save.captured.scalars,
                 save.captured.rank_meta,
+                store=self._store,
                 after_block=after_block,
             )
 

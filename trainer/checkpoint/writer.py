@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from anyshard.trainer.checkpoint.manifest import (
 )
 from anyshard.trainer.checkpoint.snapshot import FilePlan, Filled, Snapshot
 from anyshard.trainer.checkpoint.staging import StagingPool
-from anyshard.trainer.checkpoint.storage import new_file, write_block, write_durably
+from anyshard.trainer.checkpoint.store import Store, store_of
 
 CHUNK_BYTES = 16 * 2**20
 """Largest chunk: what a restore needs beside the state, and what a reader must read to check any part of it."""
@@ -61,6 +60,7 @@ def write_blocks(
     scalars: list[Scalar],
     meta: dict[str, Any],
     *,
+    store: Store,
     after_block: Callable[[int], None] | None = None,
 ) -> Written:
     """Write the data file of this rank from copied blocks, hashing on the way, then its manifest; both synced to the disk.
@@ -74,7 +74,7 @@ def write_blocks(
         OSError: a write failed; a full disk shows before the first byte is written.
     """
     chunks, file = [], data_name(rank)
-    with new_file(directory / file, num_bytes, direct=True) as descriptor:
+    with store.data_file(directory / file, num_bytes) as write:
         for filled in blocks:
             for piece in filled.pieces:
                 fragment, checksum = piece.fragment, digest(filled.bytes_of(piece))
@@ -82,11 +82,11 @@ def write_blocks(
                 chunks.append(
                     Chunk(fragment.tensor, fragment.box, start, piece.numel, file, piece.offset, piece.nbytes, checksum)
                 )
-            write_block(descriptor, filled.data, filled.offset)
+            write(filled.data, filled.offset)
             if after_block is not None:
                 after_block(filled.num_bytes)
     manifest = dump_manifest(Manifest(rank, file, num_bytes, chunks, scalars, meta))
-    write_durably(directory / manifest_name(rank), manifest)
+    store.write(directory / manifest_name(rank), manifest)
     return Written(FileRef(manifest_name(rank), len(manifest), digest(manifest)), num_bytes)
 
 
@@ -108,9 +108,9 @@ def write_rank(
     """
     pool = StagingPool(1)
     snapshot = Snapshot(FilePlan.of(fragments, chunk_bytes, pool.block_bytes), pool)
-    return write_blocks(directory, rank, snapshot.num_bytes, snapshot.blocks_here(), scalars, meta)
+    return write_blocks(directory, rank, snapshot.num_bytes, snapshot.blocks_here(), scalars, meta, store=store_of(directory))
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a file as the file system has it."""
-    return os.stat(path).st_size
+    """Size of a file as its storage has it."""
+    return path.stat().st_size

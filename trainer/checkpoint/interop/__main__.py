@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, AnyshardError
+from anyshard.configs.places import as_env_error
 
 REPORT_EVERY_S = 0.1
 
@@ -60,7 +61,11 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
+    except Exception as error:
+        told = as_env_error(error)
+        if told is not None:
+            lines.send({"error": ["EnvError", str(told)]})
+            return told.exit_code
         lines.send({"error": ["", traceback.format_exc()]})
         return EXIT_FAILED
     return EXIT_DONE

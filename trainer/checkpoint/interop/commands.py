@@ -13,6 +13,7 @@ from typing import Any
 
 from anyshard.configs.errors import CheckpointError, ConfigError, Problem
 from anyshard.configs.frozen import CONFIG_FILE, checkpoint_dir_in
+from anyshard.configs.places import is_remote, place
 from anyshard.trainer.checkpoint import catalog
 from anyshard.trainer.checkpoint.interop.source import Source, Stored
 from anyshard.trainer.checkpoint.manifest import COMMIT
@@ -29,6 +30,9 @@ def open_source(path: Path, *, weights_only: bool = False) -> Source:
     Raises:
         CheckpointError: nothing is there that is known.
     """
+    path = place(path)
+    if is_remote(path):  # what others write is read from file systems only
+        return Stored(catalog.resolve(path))
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder.")
     if (path / COMMIT).exists() or catalog.list_checkpoints(path) or catalog.list_checkpoints(checkpoint_dir_in(path)):
@@ -72,7 +76,7 @@ def _malformed(path: Path) -> Iterator[None]:
 def _export(
     source: str, out: str, to: str, dtype: str | None, max_shard_bytes: int, config: str | None, report: Report
 ) -> dict[str, Any]:
-    stored = Stored(catalog.resolve(Path(source)))
+    stored = Stored(catalog.resolve(place(source)))
     if to == "universal":
         from anyshard.trainer.checkpoint.interop.universal_export import export_universal
 
@@ -113,7 +117,7 @@ def _import(source: str, out: str, weights_only: bool, config: str | None, repor
 def _convert(source: str, out: str, num_files: int | None, report: Report) -> dict[str, Any]:
     from anyshard.trainer.checkpoint.interop.rewrite import write_checkpoint
 
-    stored = Stored(catalog.resolve(Path(source)))
+    stored = Stored(catalog.resolve(place(source)))
     wrote = stored.commit.world_size
     rank_meta = [manifest.meta for manifest in stored.manifests] if num_files in (None, wrote) else None
     if rank_meta is None and any(manifest.meta for manifest in stored.manifests):

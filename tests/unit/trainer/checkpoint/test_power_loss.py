@@ -17,6 +17,7 @@ from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
 from anyshard.trainer.checkpoint.protocol import Protocol
 from anyshard.trainer.checkpoint.retention import Retention, collect
+from anyshard.trainer.checkpoint.store_files import FileStore
 from anyshard.trainer.checkpoint.writer import write_rank
 
 NUM_STATES = 10_000
@@ -26,7 +27,7 @@ def record(root: Path) -> list[Op]:
     """Saves of steps 1, 2 and 3 with `keep=2`, and of step 3 again."""
     root.mkdir()
     recorder = Recorder(root)
-    protocol = Protocol(root / "run" / "checkpoints", Retention(2), Exchange(None, 1.0), Faults("", 0))
+    protocol = Protocol(FileStore(root / "run" / "checkpoints"), Retention(2), Exchange(None, 1.0), Faults("", 0))
     with recorder.recording():
         for number, step in enumerate((1, 2, 3, 3)):
             values = {("w", "param"): torch.full((1500,), float(number)), ("b", "buffer"): torch.arange(3) + number}

@@ -12,11 +12,12 @@ from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import Faults
 from anyshard.trainer.checkpoint.protocol import Protocol
 from anyshard.trainer.checkpoint.retention import Retention
+from anyshard.trainer.checkpoint.store_files import FileStore
 from anyshard.trainer.checkpoint.writer import Written, write_rank
 
 
 def protocol_in(directory: Path) -> Protocol:
-    return Protocol(directory, Retention(3), Exchange(None, 1.0), Faults("", 0))
+    return Protocol(FileStore(directory), Retention(3), Exchange(None, 1.0), Faults("", 0))
 
 
 def write(directory: Path) -> Written:

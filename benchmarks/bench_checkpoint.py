@@ -1,13 +1,15 @@
-"""What a checkpoint costs training, beside torch.save, torch DCP, and what memory and disk allow.
+"""What a checkpoint costs training, beside torch.save, torch DCP, DeepSpeed, and what memory and disk allow.
 
-    python benchmarks/bench_checkpoint.py [--model llama_125m] [--rounds N] [--steps N] [--folder DIR]
+    python benchmarks/bench_checkpoint.py [--size SIZE] [--rounds N] [--steps N] [--only METHOD ...] [--folder DIR]
 
 One process trains in fp32 at ZeRO 1. In every round each method saves the same tensors once and training goes on for some
 steps, methods in turns, with steps without a save between them. "stall" is how long the call that saves holds training up;
 "added" is how much longer the call and the steps after it took than as many steps without a save; "durable" is the time from
 the call until the checkpoint is complete and synced (torch DCP does not sync its metadata: its figure is flattered); "CPU"
-is processor time of the process beyond that of the steps. Medians with quartiles over the rounds. Exit code 1 when a target
-is missed.
+is processor time of the process beyond that of the steps, and "thread" that of the training thread in the call. With
+"ds_to_universal" DeepSpeed's checkpoint is converted by a process of its own after the steps; "durable" is the call and the
+conversion (neither syncs: flattered). Afterwards each checkpoint is restored, its pages dropped from the cache before, beside
+`dd` of the same bytes. Medians with quartiles over the rounds. Exit code 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ MAX_ADDED_OF_MEMCPY = 1.2
 MIN_FEWER_THAN_DCP = 10.0
 MIN_FEWER_THAN_TORCH = 30.0
 MIN_OF_DISK = 0.85
+MIN_OF_READ = 0.8
+MAX_OF_UNIVERSAL = 0.1
+SIZES = {"tiny": "tiny", "15m": "llama_15m", "125m": "llama_125m", "350m": "llama_350m"}
 
 Wait = Callable[[], object]
 
@@ -102,21 +107,88 @@ def dcp_async(state: State) -> Wait:
     return lambda: future.result()
 
 
+def deepspeed_save(state: State) -> Wait:
+    engine = state.trainer.engine.ds
+    engine.module.universal_checkpoint_info = {"universal_checkpoint_version": 0.4}  # ds_to_universal refuses without
+    engine.save_checkpoint(str(state.folder / "deepspeed"), tag="t")
+    return lambda: None
+
+
+def universal(state: State) -> Wait:
+    deepspeed_save(state)
+    folder = state.folder / "deepspeed"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--no_strict"]
+    folders = ["--input_folder", str(folder / "t"), "--output_folder", str(folder / "t_universal")]
+    workers = ["--num_extract_workers", "2", "--num_merge_workers", "2"]
+    return lambda: _convert([*command, *folders, *workers])
+
+
+def _convert(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ds_to_universal failed:\n{done.stderr[-2000:]}")
+
+
 METHODS = {
     "anyshard async": ours,
     "anyshard sync": ours_waiting,
     "torch.save + fsync": torch_save,
     "torch DCP": dcp,
     "torch DCP async": dcp_async,
+    "DeepSpeed": deepspeed_save,
+    "DeepSpeed + ds_to_universal": universal,
+}
+KEPT = {"anyshard async": "run/checkpoints", "torch.save + fsync": "torch.pt", "torch DCP": "dcp", "DeepSpeed": "deepspeed"}
+"""Method -> what it leaves, for the restores."""
+
+
+def restore_ours(state: State, path: Path, *, verify: bool = True) -> None:
+    manager = state.manager()
+    manager._verify = verify
+    manager.restore(state.trainer.engine.ds, max(path.glob("step-*")))
+    manager._verify = True
+
+
+def restore_ours_unverified(state: State, path: Path) -> None:
+    restore_ours(state, path, verify=False)
+
+
+def restore_torch(state: State, path: Path) -> None:
+    import torch
+
+    stored = torch.load(path, weights_only=True)
+    for name, view in state.tensors().items():
+        view.copy_(stored[name])
+
+
+def restore_dcp(state: State, path: Path) -> None:
+    import torch.distributed.checkpoint
+
+    torch.distributed.checkpoint.load(state.tensors(), checkpoint_id=path)
+
+
+def restore_deepspeed(state: State, path: Path) -> None:
+    loaded, _ = state.trainer.engine.ds.load_checkpoint(str(path), tag="t")
+    assert loaded is not None
+
+
+RESTORES = {
+    "anyshard": ("anyshard async", restore_ours),
+    "anyshard, not verified": ("anyshard async", restore_ours_unverified),
+    "torch.load": ("torch.save + fsync", restore_torch),
+    "torch DCP": ("torch DCP", restore_dcp),
+    "DeepSpeed": ("DeepSpeed", restore_deepspeed),
 }
 
 
 class Turns(Callback):
     """Takes over after the first steps of a `fit`, and measures."""
 
-    def __init__(self, rounds: int, steps: int, folder: Path) -> None:
+    def __init__(self, rounds: int, steps: int, folder: Path, only: list[str]) -> None:
         self.rounds, self.steps, self.folder = rounds, steps, folder
-        self.results: dict[str, Any] = {name: [] for name in ("nothing", *METHODS)}
+        self.methods = [name for name in METHODS if not only or name in only]
+        self.results: dict[str, Any] = {name: [] for name in ("nothing", *self.methods)}
+        self.restores: dict[str, list[tuple[float, int]]] = {}
         self.floors: dict[str, list[float]] = {"memcpy": [], "disk": []}
         self.num_bytes = 0
         self.done = False
@@ -129,7 +201,7 @@ class Turns(Callback):
         self.num_bytes = sum(view.nbytes for view in state.tensors().values())
         for number in range(-1, self.rounds):  # the first round warms up
             floors = {"memcpy": self._memcpy(state), "disk": self._disk()}
-            names = list(METHODS)
+            names = self.methods
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 for method in ("nothing", name):
                     figures = self._measure(state, METHODS.get(method, nothing))
@@ -138,13 +210,31 @@ class Turns(Callback):
             for name, seconds in floors.items():
                 if number >= 0:
                     self.floors[name].append(seconds)
-        (self.folder / "times.json").write_text(json.dumps([self.results, self.floors, self.num_bytes]))
+        self._restore(state)
+        (self.folder / "times.json").write_text(json.dumps([self.results, self.floors, self.num_bytes, self.restores]))
+
+    def _restore(self, state: State) -> None:
+        """Every method saves once more, and each checkpoint is restored in turns."""
+        kept = {method: self.folder / path for method, path in KEPT.items() if method in self.methods}
+        for method in kept:
+            METHODS[method](state)()
+        cases = {"dd": ("anyshard async", _read)} | RESTORES
+        cases = {name: case for name, case in cases.items() if case[0] in kept}
+        self.restores = {name: [] for name in cases}
+        for number in range(-1, self.rounds):
+            for name, (method, restore) in cases.items():
+                num_bytes = _forget(kept[method])
+                gc.collect()
+                started = time.perf_counter()
+                restore(state, kept[method])
+                if number >= 0:
+                    self.restores[name].append((time.perf_counter() - started, num_bytes))
 
     def _measure(self, state: State, method: Callable[[State], Wait]) -> dict[str, float]:
         gc.collect()
-        cpu, started = time.process_time(), time.perf_counter()
+        cpu, thread, started = time.process_time(), time.thread_time(), time.perf_counter()
         wait = method(state)
-        stall = time.perf_counter() - started
+        stall, thread = time.perf_counter() - started, time.thread_time() - thread
         durable = None
         for _ in range(self.steps):
             state.trainer._step()
@@ -152,13 +242,13 @@ class Turns(Callback):
         wait()
         done = time.perf_counter() - started
         cpu = time.process_time() - cpu
-        durable = stall if method not in (ours, dcp_async) else done
+        durable = done if method in (ours, dcp_async) else stall + (done - wall if method is universal else 0)
         if method is ours:
             events = (state.trainer.run_dir / "events.jsonl").read_text().splitlines()
             durable = next(event["seconds"] for event in map(json.loads, reversed(events)) if event["event"] == "commit")
-        for path in self.folder.glob("*dcp*"):
+        for path in (*self.folder.glob("*dcp*"), *self.folder.glob("deepspeed")):
             shutil.rmtree(path)
-        return {"stall": stall + guard, "begin": stall, "wall": wall, "durable": durable, "cpu": cpu}
+        return {"stall": stall + guard, "begin": stall, "thread": thread, "wall": wall, "durable": durable, "cpu": cpu}
 
     def _memcpy(self, state: State) -> float:
         """Copying the same bytes, by one thread, to as much memory whose pages are there."""
@@ -189,9 +279,31 @@ class Turns(Callback):
         return seconds
 
 
+def _read(state: State, path: Path) -> None:
+    """`dd` of the data files, past the page cache."""
+    for file in max(path.glob("step-*")).glob("*.bin"):
+        command = ["dd", f"if={file}", "of=/dev/null", "bs=16M", "iflag=direct"]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def _forget(path: Path) -> int:
+    """Drop a checkpoint from the page cache; returns its size."""
+    num_bytes = 0
+    for file in [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            num_bytes += os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+    return num_bytes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama_125m", help="a model preset (default: llama_125m)")
+    parser.add_argument("--size", choices=SIZES, default="125m", help="of the model (default: 125m)")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=[], help="methods to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="saves by each method (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="steps after each save (default: 5)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
@@ -206,10 +318,10 @@ def main() -> int:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"it failed:\n{done.stderr[-4000:]}")
-        results, floors, num_bytes = json.loads((Path(folder) / "times.json").read_text())
-    met = judge(results, floors, num_bytes, args.steps)
+        results, floors, num_bytes, restores = json.loads((Path(folder) / "times.json").read_text())
+    met = [judge(results, floors, num_bytes, args.steps), judge_restores(restores)]
     repeat_with()
-    return 0 if met else 1
+    return 0 if all(met) else 1
 
 
 def judge(results: dict[str, Any], floors: dict[str, list[float]], num_bytes: int, steps: int) -> bool:
@@ -220,18 +332,21 @@ def judge(results: dict[str, Any], floors: dict[str, list[float]], num_bytes: in
     print(f"  steps without a save: {spread([figures['wall'] for figures in results['nothing']])} s")
     print(f"  memcpy {spread(floors['memcpy'])} s; dd direct {spread(floors['disk'])} s, {num_bytes / disk / 1e9:.2f} GB/s")
     added = {}
-    for name in METHODS:
+    for name in (name for name in results if name != "nothing"):
         extra = [figures["wall"] - plain["wall"] for figures in results[name]]
         added[name] = statistics.median(extra)
         durable = statistics.median(figures["durable"] for figures in results[name])
         print(f"  {name}:")
         print(f"    stall {spread([figures['stall'] * 1e3 for figures in results[name]])} ms", end="")
-        print(f", of which the call {statistics.median(figures['begin'] for figures in results[name]) * 1e3:.4g} ms")
+        print(f", of which the call {statistics.median(figures['begin'] for figures in results[name]) * 1e3:.4g} ms", end="")
+        print(f"; thread {spread([figures['thread'] * 1e3 for figures in results[name]])} ms")
         print(f"    added {spread(extra)} s, {added[name] / memcpy:.2f} x memcpy")
         print(
             f"    durable {spread([figures['durable'] for figures in results[name]])} s, {num_bytes / durable / 1e9:.2f} GB/s"
         )
         print(f"    CPU {spread([figures['cpu'] - plain['cpu'] for figures in results[name]])} s")
+    if "anyshard async" not in results:
+        return True
     mine = results["anyshard async"]
     least = max(added["anyshard async"], 1e-3)
     stall = verdict("  stall", statistics.median(each["stall"] for each in mine) * 1e3, MAX_STALL_MS, unit="ms")
@@ -241,18 +356,34 @@ def judge(results: dict[str, Any], floors: dict[str, list[float]], num_bytes: in
     fewer = [
         verdict(f"  added, of that of {name}", least / added[name], 1 / target, unit="x")
         for name, target in (("torch DCP async", MIN_FEWER_THAN_DCP), ("torch.save + fsync", MIN_FEWER_THAN_TORCH))
+        if name in added
     ]
+    if "DeepSpeed + ds_to_universal" in results:
+        theirs = statistics.median(each["durable"] for each in results["DeepSpeed + ds_to_universal"])
+        fewer.append(verdict("  durable, of that of ds_to_universal", durable / theirs, MAX_OF_UNIVERSAL, unit="x"))
     return all([stall, floor, rate, *fewer])
+
+
+def judge_restores(restores: dict[str, list[tuple[float, int]]]) -> bool:
+    """Print how fast checkpoints are restored; returns whether the target is met."""
+    print("restores, from the disk:")
+    for name, measured in restores.items():
+        seconds, num_bytes = [each[0] for each in measured], measured[0][1]
+        print(f"  {name}: {spread(seconds)} s, {num_bytes / statistics.median(seconds) / 1e9:.2f} GB/s")
+    if "anyshard" not in restores:
+        return True
+    mine, disk = (statistics.median(each[0] for each in restores[name]) for name in ("anyshard", "dd"))
+    return verdict("  verified restore, of the time of dd", mine / disk, 1 / MIN_OF_READ, unit="x")
 
 
 def worker(args: argparse.Namespace) -> int:
     """Train, and measure between steps."""
     from anyshard.trainer.fit import fit
 
-    turns = Turns(args.rounds, args.steps, args.worker)
+    turns = Turns(args.rounds, args.steps, args.worker, args.only)
     register("callback", "turns")(lambda: turns)
     overrides = [
-        f"model={args.model}",
+        f"model={SIZES[args.size]}",
         "precision=fp32",
         "data=synthetic",
         "data.sequence_length=64",

@@ -26,8 +26,10 @@ from rich.table import Table
 from anyshard import parallel
 from anyshard.configs import rules, schema
 from anyshard.configs.compose import compose_with_sources, finalize
-from anyshard.configs.errors import ConfigError, LaunchError, PlanError
+from anyshard.configs.errors import AnyshardError, ConfigError, LaunchError, PlanError
+from anyshard.configs.frozen import load_frozen
 from anyshard.configs.world import dp_size, resolve_world
+from anyshard.configs.writing import write_file
 from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
 from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory, staging_bytes
@@ -364,6 +366,16 @@ def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mes
     return 0
 
 
+def write_plan(run_dir: Path) -> None:
+    """Write plan.json for the frozen configuration of ranks that were started by hand: `python -m anyshard.launch.plan DIR`.
+
+    Raises:
+        AnyshardError: it cannot be planned or written.
+    """
+    planned = plan(load_frozen(run_dir))
+    write_file(run_dir / "plan.json", json.dumps(planned.to_dict(), indent=2) + "\n")
+
+
 def advice(planned: Plan) -> str:
     """What to do about a plan that does not fit."""
     need, have = planned.memory.device_bytes / GIB, planned.device_limit_bytes / GIB
@@ -384,3 +396,10 @@ def advice(planned: Plan) -> str:
         less = "checkpoint.ram_every_steps=0, " if planned.memory.shared_memory else ""
         return f"one rank needs {need:.1f} GiB of host memory and has {have:.1f}: use {less}fewer ranks a node, or more nodes."
     return f"one rank needs {need:.1f} GiB and has {have:.1f}: try, in order of cost, {', '.join(knobs)}."
+
+
+if __name__ == "__main__":
+    try:
+        write_plan(Path(sys.argv[1]))
+    except AnyshardError as error:
+        sys.exit(f"plan.json: {error}")

@@ -241,6 +241,7 @@ def test_by_hand_under_torchrun(tmp_path):
     assert "step 20/20 100%" in first.stdout
     assert first.stdout.startswith("run: ")  # nothing of DeepSpeed's above it
     assert "DeepSpeed" not in first.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["world_size"] == 2
     assert json.loads((tmp_path / "run" / "env.json").read_text())["packages"]["deepspeed"]
     assert (tmp_path / "run" / "overrides.yaml").read_text() == "- overrides:\n  - debug=smoke\n  - run.dir=run\n"
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank00000.log", "rank00001.log"]

@@ -100,8 +100,6 @@ def _bounds(config: Config) -> Iterator[Problem]:
         value = values[path]
         if isinstance(value, str) and value != "auto":
             yield Problem(path, value, "it is neither a number nor auto.", "Give a positive integer or auto.")
-        elif isinstance(value, int) and value < 1:
-            yield Problem(path, value, "it is out of range.", "Give a positive integer or auto.")
 
 
 def _names(config: Config) -> Iterator[Problem]:

@@ -22,9 +22,21 @@ def test_every_key_has_a_row() -> None:
         assert text.count(f"| `{path}` |") == 1, path
 
 
-def test_rows_have_six_cells() -> None:
+def test_rows_have_seven_cells() -> None:
     rows = [line for line in render().splitlines() if line.startswith("| `")]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {7}
+    assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+
+
+def test_unit_range_and_reason_have_their_cells() -> None:
+    row = next(line for line in render().splitlines() if line.startswith("| `checkpoint.staging_gib`"))
+    cells = [cell.strip() for cell in row.replace("\\|", "").split("|")]
+    key = all_keys()["checkpoint.staging_gib"]
+    assert cells[4:6] == ["> 0", "GiB"]
+    assert cells[7] == key.why != ""
+
+
+def test_what_looks_like_a_tag_is_shown() -> None:
+    assert "null: \\<run.dir>/checkpoints" in render()
 
 
 def test_every_file_says_what_it_is() -> None:

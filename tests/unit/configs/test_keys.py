@@ -12,6 +12,52 @@ def test_every_key_says_what_it_does() -> None:
         assert key.type_text, key.path
 
 
+EMPTY_FOR_NO_REASON = {
+    *("model.options", "data.options", "optimizer.options", "tracking.tags"),
+    *("launch.env", "launch.deepspeed.launcher_args"),
+    *("launch.slurm.container_mounts", "launch.slurm.modules", "launch.slurm.prologue"),
+    *("launch.slurm.directives", "launch.slurm.srun_args"),
+}
+"""Keys that add what somebody wants to add: where nobody does, there is nothing to explain."""
+
+
+def test_every_default_has_a_reason() -> None:
+    assert {key.path for key in all_keys().values() if not key.why} == EMPTY_FOR_NO_REASON
+    for path in EMPTY_FOR_NO_REASON:
+        assert all_keys()[path].default in ("", [], {}), path
+
+
+def test_reasons_fit_a_cell() -> None:
+    for key in all_keys().values():
+        assert len(key.why.split()) <= 15, key.path
+        assert "\n" not in key.why, key.path
+        assert not key.why.endswith("."), key.path
+
+
+def test_what_null_means_is_said() -> None:
+    for key in all_keys().values():
+        assert key.default is not None or key.why.startswith("null: "), key.path
+
+
+WITHOUT_UNIT = {
+    *("seed", "zero.stage", "launch.port", "launch.deepspeed.node_rank"),  # names and ordinals
+    *("data.validation_fraction", "offload.ratio", "schedule.min_lr_ratio"),  # shares
+    *("precision.initial_scale_power", "precision.min_scale", "train.max_grad_norm"),
+    *(f"optimizer.{name}" for name in ("lr", "betas", "eps", "momentum", "weight_decay")),
+}
+
+
+def test_every_quantity_has_a_unit() -> None:
+    numbers = {key.path for key in all_keys().values() if "integer" in key.type_text or "number" in key.type_text}
+    assert {path for path in numbers if not all_keys()[path].unit} == WITHOUT_UNIT
+
+
+def test_every_number_has_a_range() -> None:
+    for key in all_keys().values():
+        if key.type_text.startswith(("integer", "number")):
+            assert key.range_text, key.path
+
+
 def test_defaults_are_within_their_ranges() -> None:
     for key in all_keys().values():
         if isinstance(key.default, (int, float)):

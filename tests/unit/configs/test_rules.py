@@ -20,7 +20,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"optimizer.lr": float("nan")}, "optimizer.lr", "out of range"),
     ({"stop.at_s": float("inf")}, "stop.at_s", "out of range"),
     ({"zero.stage": 4}, "zero.stage", ">= 0, <= 3"),
-    ({"parallel.dp": 0}, "parallel.dp", "positive integer or auto"),
+    ({"parallel.dp": 0}, "parallel.dp", "Give: integer | auto >= 1 (ranks)."),
+    ({"launch.procs_per_node": 0}, "launch.procs_per_node", "Give: integer | auto >= 1 (ranks)."),
+    ({"launch.slurm.warn_s": 65536}, "launch.slurm.warn_s", "Give: integer >= 10, <= 65535 (s)."),
     ({"parallel.dp": "all"}, "parallel.dp", "positive integer or auto"),
     ({"launch.procs_per_node": "two"}, "launch.procs_per_node", "positive integer or auto"),
     # names

@@ -30,7 +30,7 @@ def test_a_group_is_all_its_keys() -> None:
 
 
 def test_an_empty_mapping_is_explained_itself() -> None:
-    assert [explanation.path for explanation in explain("callbacks", COMPOSITION)] == ["callbacks"]
+    assert [explanation.path for explanation in explain("launch.env", COMPOSITION)] == ["launch.env"]
 
 
 def test_a_mapping_is_all_its_leaves() -> None:

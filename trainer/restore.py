@@ -8,6 +8,7 @@ from typing import Any
 
 from anyshard.configs import schema
 from anyshard.configs.errors import CheckpointError
+from anyshard.parallel.topology import AXES
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.manager import CheckpointManager
@@ -122,9 +123,11 @@ def layout_of(config: schema.Config, world_size: int) -> dict[str, Any]:
     parallel = config.parallel
     degrees = {"tp": parallel.tp, "pp": parallel.pp, "sp": parallel.sp}
     dp = world_size // (parallel.tp * parallel.pp * parallel.sp)
+    own_order = {} if list(parallel.order) == list(AXES) else {"order": list(parallel.order)}
     return {
         "dp": dp,
         **degrees,
+        **own_order,
         "zero": config.zero.stage,
         "offload_optimizer": config.offload.optimizer.value,
         "offload_param": config.offload.param.value,

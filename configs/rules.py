@@ -172,6 +172,13 @@ def _world(config: Config) -> Iterator[Problem]:
         )
 
 
+def _min_nodes(config: Config) -> Iterator[Problem]:
+    launch = config.launch
+    if launch.min_nodes is not None and launch.min_nodes > launch.nodes:
+        fix = f"Set it to at most {launch.nodes}, or raise launch.nodes."
+        yield Problem("launch.min_nodes", launch.min_nodes, f"launch.nodes={launch.nodes} is less.", fix)
+
+
 def _batch(config: Config) -> Iterator[Problem]:
     dp = dp_size(config)
     problem = batch_problem(config.train, dp) if dp is not None else None
@@ -373,6 +380,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _available,
     _order,
     _world,
+    _min_nodes,
     _batch,
     _precision,
     _offload,

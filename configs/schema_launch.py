@@ -134,6 +134,13 @@ class Launch:
         why="needs nothing but this machine",
     )
     nodes: int = key(1, "Nodes.", ge=1, unit="nodes", why="this machine")
+    min_nodes: Optional[int] = key(
+        None,
+        "Go on with as few nodes as this where fewer are free: dp is derived anew, the global batch stays.",
+        unit="nodes",
+        ge=1,
+        why="null: launch.nodes, no fewer and no more",
+    )
     procs_per_node: Union[int, str] = key(
         "auto",
         "Ranks on each node; auto: one per GPU, or 1 without.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.schema import Config
 
 
@@ -37,6 +38,25 @@ def resolve_ranks(config: Config, *, nodes: int, procs_per_node: int) -> Config:
     if dp is not None:
         result.parallel.dp = dp
     return result
+
+
+def adopt_ranks(config: Config, *, nodes: int, procs_per_node: int) -> Config:
+    """A copy of the configuration for the ranks that were started; dp is derived anew where `launch.min_nodes` lets it.
+
+    Raises:
+        ConfigError: other ranks were asked for.
+    """
+    asked, here, launch = world_size(config), nodes * procs_per_node, config.launch
+    if asked is not None and asked != here:
+        if launch.min_nodes is None or procs_per_node != launch.procs_per_node:
+            reason = f"{here} ranks are here, and launch.nodes * launch.procs_per_node = {asked} were asked for."
+            fix = f"Start {asked} ranks, or set it to auto."
+            raise ConfigError(Problem("launch.procs_per_node", launch.procs_per_node, reason, fix))
+        if nodes < launch.min_nodes:
+            raise ConfigError(Problem("launch.min_nodes", launch.min_nodes, f"{nodes} nodes are here.", "Lower it, or wait."))
+        config = copy.deepcopy(config)
+        config.parallel.dp = "auto"
+    return resolve_ranks(config, nodes=nodes, procs_per_node=procs_per_node)
 
 
 def resolve_world(config: Config, devices_found: int) -> Config:

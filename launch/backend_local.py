@@ -106,12 +106,18 @@ class LocalBackend:
                 env=env,
                 stderr=log,
                 start_new_session=True,
-                # KILL: on TERM torchrun would kill the ranks after 30 s; on its death they save and end
-                preexec_fn=partial(signal_when_parent_dies, signal.SIGKILL, os.getpid()),
+                preexec_fn=partial(_before_torchrun, os.getpid()),
             )
             # a failed rank ends the others, unless torchrun is to start all of them again
             grace_s = GRACE_S if not spec.options.torchrun.max_restarts else math.inf
             return _watch(process, Path(log.name), Path(errors), report_from=log.tell(), grace_s=grace_s)
+
+
+def _before_torchrun(parent: int) -> None:
+    # KILL: on TERM torchrun would kill the ranks after 30 s; on its death they save and end
+    signal_when_parent_dies(signal.SIGKILL, parent)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm sends them to every process; the ranks do handle them
+        signal.signal(number, signal.SIG_IGN)
 
 
 def log_name(spec: LaunchSpec) -> str:

@@ -136,12 +136,12 @@ def _directives(spec: LaunchSpec) -> list[str]:
     options, starter = spec.options.slurm, spec.options.slurm.starter
     output = "slurm-%A_%a.log" if options.array else "slurm-%j.log"
     gpus = [] if options.gres or not spec.gpus_per_node else [_joined(options.gpu_type, spec.procs_per_node)]
-    cpus = options.cpus_per_task
+    cpus, fewest = options.cpus_per_task, spec.options.min_nodes
     if starter is Starter.torchrun and cpus:
         cpus *= spec.procs_per_node
     lines = [
         ("job-name", spec.run_dir.name),
-        ("nodes", spec.nodes),
+        ("nodes", f"{fewest}-{spec.nodes}" if fewest and fewest < spec.nodes else spec.nodes),
         ("ntasks-per-node", 1 if starter is Starter.torchrun else spec.procs_per_node),
         ("gpus-per-node", *gpus),
         ("gres", options.gres),

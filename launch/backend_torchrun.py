@@ -24,12 +24,12 @@ class TorchrunBackend(LocalBackend):
 
     def render(self, spec: LaunchSpec) -> Rendered:
         """The torchrun command of this node."""
-        options = spec.options.torchrun
+        options, fewest = spec.options.torchrun, spec.options.min_nodes
         argv = [
             spec.python,
             "-m",
             "torch.distributed.run",
-            f"--nnodes={spec.nodes}",
+            f"--nnodes={fewest}:{spec.nodes}" if fewest and fewest < spec.nodes else f"--nnodes={spec.nodes}",
             f"--nproc-per-node={spec.procs_per_node}",
             *_rendezvous(spec),
             *([f"--max-restarts={options.max_restarts}"] if options.max_restarts else []),
@@ -52,6 +52,10 @@ class TorchrunBackend(LocalBackend):
             why = f"each rank needs a GPU of its own, and a node has {spec.gpus_per_node}."
             fix = f"Set it to {spec.gpus_per_node} or auto, or correct cluster.devices_per_node."
             raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
+        if spec.options.min_nodes and spec.nodes > 1 and spec.options.torchrun.rendezvous is Rendezvous.static:
+            why = "with numbers given to nodes none may stay away."
+            fix = "Use launch.torchrun.rendezvous=c10d, or leave it out."
+            raise ConfigError(Problem("launch.min_nodes", spec.options.min_nodes, why, fix))
         port = spec.port if spec.nodes == 1 else spec.port or DEFAULT_PORT
         if spec.node_rank == 0 and port is not None and not is_port_free(port):
             raise EnvError(f"launch.port={port}: something listens on this port already. Choose another with launch.port.")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs import frozen, rules, schema, world
-from anyshard.configs.errors import AnyshardError, ConfigError, Problem
+from anyshard.configs.errors import AnyshardError
 from anyshard.configs.registry import lookup
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
@@ -186,13 +186,7 @@ def _agree(
 def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overrides: Sequence[str]) -> schema.Config:
     """Resolve what depends on the ranks that are here, check, and write the run directory unless it is frozen."""
     nodes, procs = rank.env.world_size // rank.env.local_world_size, rank.env.local_world_size
-    asked = world.world_size(config)
-    if asked is not None and asked != rank.env.world_size:
-        here = f"{rank.env.world_size} ranks are here, and launch.nodes * launch.procs_per_node = {asked} were asked for."
-        raise ConfigError(
-            Problem("launch.procs_per_node", config.launch.procs_per_node, here, f"Start {asked} ranks, or set it to auto.")
-        )
-    config = world.resolve_ranks(config, nodes=nodes, procs_per_node=procs)
+    config = world.adopt_ranks(config, nodes=nodes, procs_per_node=procs)
     rules.require(config)
     run_dir = frozen.run_dir_of(config)
     launched = LAUNCHER_VARIABLE in os.environ

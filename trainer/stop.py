@@ -53,7 +53,8 @@ class Signals:
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
+        if self.received is None:  # the first is the reason: others may follow while the ranks save and end
+            self.received = signum
         if not self.training:
             raise Interrupted(signum)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.cli import anyshard, environment, happened, steps
-from helpers.slurm import Cluster, slurm_cluster, why_not
+from helpers.slurm import Cluster, end_jobs, slurm_cluster, why_not
 
 pytestmark = pytest.mark.e2e
 
@@ -34,6 +34,12 @@ def cluster() -> Iterator[Cluster]:
         assert left_of(folder) == []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    end_jobs(cluster)
 
 
 def left_of(folder: Path) -> list[str]:
@@ -96,6 +102,28 @@ def test_a_warned_job_saves_goes_back_into_the_queue_and_continues(cluster, tmp_
     assert "goes back into the queue: it stopped with its state saved (signal SIGUSR2)" in told
     assert "the job ends here: it was asked to stop (file " in told
     assert happened(run, "commit")[-1]["step"] > stop["step"]
+
+
+def test_a_requeued_job_takes_the_nodes_that_are_left(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, *LONG, "launch.min_nodes=1")
+    wait_for_step(run, 10)
+    cluster.run("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    try:
+        cluster.run("scancel", "--batch", "--signal=USR2", job)
+        cluster.wait_for(job, "PENDING")
+        stopped = happened(run, "stop")[-1]["step"]
+        cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        wait_for_step(run, stopped + 10)
+    finally:
+        cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    restored = happened(run, "restore")[-1]
+    assert (restored["step"], restored["saved_layout"]["dp"], restored["layout"]["dp"]) == (stopped, 2, 1)
+    assert [event["world_size"] for event in happened(run, "start")] == [2, 1]
+    tokens = {record["tokens"] // record["step"] for record in steps(run)}
+    assert len(tokens) == 1  # the global batch is what it was
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
 
 
 def test_scancel_saves_and_ends(cluster, tmp_path):

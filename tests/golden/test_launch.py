@@ -41,6 +41,7 @@ CASES = {
         **H100,
         "launch.name": "slurm",
         "launch.nodes": 64,
+        "launch.min_nodes": 32,
         "launch.env": {"NCCL_SOCKET_IFNAME": "=ib0,ib1"},
         "launch.slurm.account": "proj 7",
         "launch.slurm.partition": "gpu",

@@ -138,7 +138,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         _wait(lambda: cluster.run("sinfo", "-h", "-o", "%T %D") == "idle 2", "two idle nodes", cluster)
         yield cluster
     finally:
-        _end_jobs(cluster)
+        end_jobs(cluster)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(daemons):
@@ -162,7 +162,8 @@ def _unblock() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _end_jobs(cluster: Cluster) -> None:
+def end_jobs(cluster: Cluster) -> None:
+    """Kill every job and wait until the queue is empty."""
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired, OSError):
         cluster.run("scancel", "--user=root")
         cluster.run("scancel", "--user=root", "--signal=KILL", "--full")

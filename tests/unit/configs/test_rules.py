@@ -42,6 +42,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
     # ranks and batch
+    ({"launch.nodes": 2, "launch.min_nodes": 3}, "launch.min_nodes", "Set it to at most 2"),
     (
         {"parallel.dp": 4, "launch.procs_per_node": 2},
         "parallel.dp",

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from helpers.configs import make_config
 
-from anyshard.configs.world import dp_size, resolve_ranks, resolve_world, world_size
+from anyshard.configs.errors import ConfigError
+from anyshard.configs.world import adopt_ranks, dp_size, resolve_ranks, resolve_world, world_size
 
 
 def test_nothing_is_known_before_the_ranks_are() -> None:
@@ -34,3 +35,20 @@ def test_ranks_of_a_node(procs: int | str, cluster: int | None, found: int, expe
     config = resolve_world(given, found)
     assert config.launch.procs_per_node == expected
     assert given.launch.procs_per_node == procs  # a copy
+
+
+def test_ranks_that_were_not_asked_for_are_refused() -> None:
+    config = make_config({"launch.nodes": 2, "launch.procs_per_node": 4, "parallel.dp": 8})
+    with pytest.raises(ConfigError, match=r"launch\.procs_per_node=4: 4 ranks are here, and .* = 8 were asked for"):
+        adopt_ranks(config, nodes=1, procs_per_node=4)
+    config.launch.min_nodes = 2
+    with pytest.raises(ConfigError, match=r"launch\.min_nodes=2: 1 nodes are here\. Lower it"):
+        adopt_ranks(config, nodes=1, procs_per_node=4)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_dp_follows_the_nodes_that_are_here(nodes: int) -> None:
+    config = make_config({"launch.nodes": 2, "launch.procs_per_node": 4, "parallel.dp": 8, "launch.min_nodes": 1})
+    adopted = adopt_ranks(config, nodes=nodes, procs_per_node=4)
+    assert (adopted.launch.nodes, adopted.parallel.dp) == (nodes, 4 * nodes)
+    assert config.parallel.dp == 8

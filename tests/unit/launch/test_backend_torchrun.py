@@ -46,3 +46,12 @@ def test_the_port_where_others_connect_must_be_free():
         with pytest.raises(EnvError, match=rf"launch\.port={port}: something listens"):
             TorchrunBackend().check(spec)
         TorchrunBackend().check(replace(spec, node_rank=1))
+
+
+def test_fewer_nodes_may_come_where_they_meet_by_themselves():
+    spec = spec_with()
+    spec = replace(spec, options=replace(spec.options, min_nodes=2))
+    assert "--nnodes=2:3" in TorchrunBackend().render(spec).argv
+    static = replace(spec.options, torchrun=Torchrun(rendezvous=Rendezvous.static))
+    with pytest.raises(ConfigError, match=r"launch\.min_nodes=2: .*none may stay away"):
+        TorchrunBackend().check(replace(spec, options=static))

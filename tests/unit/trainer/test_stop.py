@@ -76,3 +76,12 @@ def test_the_end_of_the_job_is_seen_by_rank_0(tmp_path):
     assert stops.decide(2).stop == "the time limit of the job"
     stops.rank = 1
     assert stops.decide(3) == Decision()
+
+
+def test_the_first_signal_is_the_reason(tmp_path, handlers):
+    signals = Signals()
+    signals.install()
+    signals.training = True
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert control(tmp_path, signals).decide(1).stop == "signal SIGUSR2"

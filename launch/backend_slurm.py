@@ -136,13 +136,14 @@ def _directives(spec: LaunchSpec) -> list[str]:
     options, starter = spec.options.slurm, spec.options.slurm.starter
     output = "slurm-%A_%a.log" if options.array else "slurm-%j.log"
     gpus = [] if options.gres or not spec.gpus_per_node else [_joined(options.gpu_type, spec.procs_per_node)]
-    cpus, fewest = options.cpus_per_task, spec.options.min_nodes
+    cpus = None if _fewer_will_do(spec) else options.cpus_per_task
     if starter is Starter.torchrun and cpus:
         cpus *= spec.procs_per_node
     lines = [
         ("job-name", spec.run_dir.name),
-        ("nodes", f"{fewest}-{spec.nodes}" if fewest and fewest < spec.nodes else spec.nodes),
-        ("ntasks-per-node", 1 if starter is Starter.torchrun else spec.procs_per_node),
+        ("nodes", f"{spec.options.min_nodes}-{spec.nodes}" if _fewer_will_do(spec) else spec.nodes),
+        # with it, Slurm takes the fewest nodes of a range instead of the most
+        ("ntasks-per-node", None if _fewer_will_do(spec) else _tasks(spec)),
         ("gpus-per-node", *gpus),
         ("gres", options.gres),
         ("cpus-per-task", cpus),
@@ -161,9 +162,18 @@ def _directives(spec: LaunchSpec) -> list[str]:
         ("signal", f"B:USR2@{options.warn_s}"),
     ]
     told = [f"--{name}={_quoted(value[0])}" for name, *value in lines if value and value[0] is not None]
-    told += ["--exclusive"] if options.exclusive else []
+    told += ["--exclusive"] if options.exclusive or _fewer_will_do(spec) else []
     told += ["--requeue" if options.requeue and not options.array else "--no-requeue"]
     return [*told, *options.directives]
+
+
+def _tasks(spec: LaunchSpec) -> int:
+    return 1 if spec.options.slurm.starter is Starter.torchrun else spec.procs_per_node
+
+
+def _fewer_will_do(spec: LaunchSpec) -> bool:
+    """Whether the job takes a range of nodes: whole ones, on which srun says how many tasks there are."""
+    return spec.options.min_nodes is not None and spec.options.min_nodes < spec.nodes
 
 
 def _joined(kind: str | None, count: int) -> str:
@@ -202,6 +212,8 @@ def _srun(spec: LaunchSpec) -> list[str]:
     options = spec.options.slurm
     # a rank that fails ends the others, which get SIGTERM first; without a limit to how long rank 0 may stay at the end
     first = ["srun --kill-on-bad-exit=1 --wait=0"]
+    if _fewer_will_do(spec):
+        first.append(f'--ntasks="$((SLURM_JOB_NUM_NODES * {_tasks(spec)}))" --ntasks-per-node={_tasks(spec)}')
     if spec.gpus_per_node and options.starter is Starter.srun:
         first.append("--gpu-bind=none")  # each rank takes the GPU of its local rank, and sees all
     lines = [" ".join([*first, *map(shlex.quote, options.srun_args)])]

@@ -64,7 +64,7 @@ def submit(cluster: Cluster, cwd: Path, *overrides: str) -> str:
     return job
 
 
-def wait_for_step(run: Path, step: int, timeout_s: float = 90) -> None:
+def wait_for_step(run: Path, step: int, timeout_s: float = 150) -> None:
     until = time.monotonic() + timeout_s
     while not any(record["step"] >= step for record in steps(run)):
         assert time.monotonic() < until, "\n".join(path.read_text()[-2000:] for path in run.glob("logs/slurm-*.log"))

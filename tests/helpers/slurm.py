@@ -84,7 +84,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "-o", job)
         return shown.split("JobState=")[1].split()[0]
 
-    def wait_for(self, job: str, *states: str, timeout_s: float = 60) -> str:
+    def wait_for(self, job: str, *states: str, timeout_s: float = 120) -> str:
         """Wait until a job is in one of the states."""
         until = time.monotonic() + timeout_s
         while (state := self.state(job)) not in states:

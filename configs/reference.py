@@ -26,6 +26,8 @@ Every key of a run, by group. A run is composed from one file of each group (`ze
 - Your own files: `--config-dir FOLDER`, `ANYSHARD_CONFIG_DIR=FOLDER` or `hydra.searchpath=[file:///FOLDER,pkg://package.configs]`,
   laid out like `configs/`: `FOLDER/model/mine.yaml` is `model=mine`. They add files and cannot replace ours.
 - A default that is empty says in its reason what that means, as in "null: no limit".
+- What is no part of a run comes from the environment: `ANYSHARD_CACHE`, the folder of tokenised data and built operators
+  (`~/.cache/anyshard`), and `ANYSHARD_NO_BAR=1`, which leaves out the live progress bar that a terminal shows.
 - A key marked *resumable* may differ when a run is resumed; the others define its mathematics.
 - `deepspeed_extra` takes raw DeepSpeed keys. They are merged last, shown by `anyshard plan`, and refused where a key of
   ours sets them or DeepSpeed would ignore them.

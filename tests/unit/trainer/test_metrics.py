@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import resource
+import time
 
 import pytest
 import torch
@@ -95,6 +96,68 @@ def test_a_failed_run_is_told_to_the_trackers(tmp_path):
 
 def test_peak_memory_of_this_process_is_plausible():
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 100
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal; rich asks the stream and TERM whether it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name in ("ANYSHARD_NO_BAR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    return Terminal()
+
+
+HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"
+
+
+def test_the_bar_moves_with_the_steps_and_lines_stay_above_it(tmp_path, terminal):
+    with Reporter(tmp_path, rank=0, max_steps=1000, trackers=[], stream=terminal) as reporter:
+        reporter.start_bar(100)
+        assert "training" in terminal.getvalue()
+        assert "100/1000" in terminal.getvalue()
+        reporter.tick(120)
+        reporter.step(RECORD)
+        until = time.monotonic() + 20
+        while " 120/1000" not in terminal.getvalue():  # it is drawn anew twice a second
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        drawn = terminal.getvalue()
+        assert drawn.rindex("training") > drawn.rindex("loss 2.7312")
+        assert HIDE_CURSOR in drawn
+        assert SHOW_CURSOR not in drawn
+    ended = terminal.getvalue()
+    assert step_line(RECORD, 1000) in ended
+    assert ended.rindex(SHOW_CURSOR) > ended.rindex(HIDE_CURSOR)
+    assert ended.rindex(ERASE_LINE) > ended.rindex("training")  # nothing of it is left behind
+
+
+def test_the_bar_is_taken_down_when_the_run_fails(tmp_path, terminal):
+    def fail(reporter):
+        with reporter:
+            reporter.start_bar(0)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail(Reporter(tmp_path, rank=0, max_steps=10, trackers=[], stream=terminal))
+    assert terminal.getvalue().rindex(SHOW_CURSOR) > terminal.getvalue().rindex(HIDE_CURSOR)
+
+
+@pytest.mark.parametrize("why", ["ANYSHARD_NO_BAR", "another rank"])
+def test_no_bar(why, tmp_path, terminal, monkeypatch):
+    if why == "ANYSHARD_NO_BAR":
+        monkeypatch.setenv("ANYSHARD_NO_BAR", "1")
+    with Reporter(tmp_path, rank=int(why == "another rank"), max_steps=1000, trackers=[], stream=terminal) as reporter:
+        reporter.start_bar(0)
+        reporter.tick(120)
+        reporter.step(RECORD)
+    assert terminal.getvalue() == (step_line(RECORD, 1000) + "\n" if why == "ANYSHARD_NO_BAR" else "")
 
 
 class Gone(io.StringIO):

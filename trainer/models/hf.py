@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ from anyshard.trainer.models.pretrained import load, local_path
 _SIZE = re.compile(r"(hidden_size|intermediate_size|vocab_size|head_dim|num_|n_)")
 # taken by PretrainedConfig beside the fields of a configuration class (transformers 5.23 configuration_utils.py:428)
 COMMON_KEYS = frozenset({"model_type", "torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "num_labels"})
+_ALLOWED = "Set a value that the message allows."
+_FETCH = (
+    "Check the id and the network, and unset HF_HUB_OFFLINE; or run 'hf download {}' once where there is a network, "
+    "or set model.path to a folder."
+)
 
 
 def hf_config(model: schema.Model, data: schema.Data) -> PretrainedConfig:
@@ -79,12 +85,6 @@ def build(
     """
     hf = hf_config(config.model, config.data)
     pretrained = config.model.init is schema.Init.pretrained
-    if pretrained and not config.model.path:
-        raise ConfigError(
-            Problem(
-                "model.init", "pretrained", "model.path does not say of what.", "Set model.path to a directory or a hub id."
-            )
-        )
     model = _on_meta(hf, config.model)
     if device.type != "meta":
         sharder = Sharder(model, groups, config.model.name) if groups is not None and groups.tp is not None else None
@@ -121,8 +121,10 @@ def _on_meta(hf: PretrainedConfig, model: schema.Model) -> PreTrainedModel:
 
 
 def _from_path(model: schema.Model, path: str) -> PretrainedConfig:
-    with _refused("model.path", path):
-        loaded: PretrainedConfig = AutoConfig.from_pretrained(local_path(path), trust_remote_code=model.trust_remote_code)
+    local = Path(local_path(path))
+    fix = "Set it to a folder with a whole config.json, or to a hub id." if local.exists() else _FETCH.format(path)
+    with _refused("model.path", path, not_found=fix):
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(str(local), trust_remote_code=model.trust_remote_code)
     if not model.config:
         return loaded
     _refuse_another_preset(model, loaded)
@@ -203,8 +205,12 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 
 @contextlib.contextmanager
-def _refused(key: str, value: object) -> Iterator[None]:
-    """Turn what transformers raises for a configuration that it cannot use into our error."""
+def _refused(key: str, value: object, *, not_found: str = _ALLOWED) -> Iterator[None]:
+    """Turn what transformers raises for a configuration that it cannot use into our error.
+
+    Args:
+        not_found: what to do where it could not be read at all.
+    """
     try:
         yield
     except ConfigError:
@@ -212,4 +218,5 @@ def _refused(key: str, value: object) -> Iterator[None]:
     except (ValueError, TypeError, OSError, KeyError, ImportError, AttributeError, StrictDataclassError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"transformers refuses it: {' '.join(lines)[:500]}"
-        raise ConfigError(Problem(key, value, reason, "Set a value that the message allows.")) from error
+        could_read = not isinstance(error, OSError)
+        raise ConfigError(Problem(key, value, reason, _ALLOWED if could_read else not_found)) from error

@@ -176,7 +176,6 @@ def test_fields_that_do_not_fit_the_model_of_the_path_are_refused(changes: dict[
         ({"config": SMALL["llama"], "attention": "sdpaa"}, ["model.attention=sdpaa", "transformers refuses it"]),
         ({"path": "/no/such/folder"}, ["model.path=/no/such/folder", "no such file or directory"]),
         ({"path": "nothing.json"}, ["model.path=nothing.json", "no such file"]),
-        ({"config": SMALL["llama"], "init": schema.Init.pretrained}, ["model.init=pretrained", "model.path"]),
     ],
 )
 def test_what_makes_no_model_is_refused(model: dict[str, Any], texts: list[str]) -> None:
@@ -188,12 +187,18 @@ def test_what_makes_no_model_is_refused(model: dict[str, Any], texts: list[str])
 
 def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"model.path=nobody/nothing"):
+    with pytest.raises(ConfigError, match=r"model.path=nobody/nothing") as caught:
         _build(small_config("llama", config={}, path="nobody/nothing"))
+    assert "Check the id and the network" in str(caught.value)
+    assert "hf download nobody/nothing" in str(caught.value)
+    assert "the message allows" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="transformers refuses it"):
+    with pytest.raises(ConfigError, match=r"transformers refuses it.*Set a value that the message allows"):
+        _build(small_config("llama", config={}, path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ConfigError, match=r"transformers refuses it.*Set it to a folder with a whole config\.json"):
         _build(small_config("llama", config={}, path=str(tmp_path)))
 
 

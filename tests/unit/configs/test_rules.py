@@ -117,6 +117,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"data.source": "text"}, "data.path", "Set data.path to a file, glob or folder."),
     ({"data.source": "hf"}, "data.path", "hub id"),
+    ({"data.source": "python_stdlib", "data.path": "x"}, "data.path", "Use data=text or data=hf, or leave it out."),
+    ({"data.source": "python_stdlib", "data.validation_path": "x"}, "data.validation_path", "reads no files of yours"),
+    ({"data.source": "synthetic", "data.path": "x"}, "data.path", "reads no files of yours"),
+    ({"data.source": "synthetic", "data.validation_path": "x"}, "data.validation_path", "reads no files of yours"),
     ({"data.streaming": True}, "data.streaming", "Use data=hf"),
     ({"stop.at_step": 2000}, "stop.at_step", "ends before, at train.max_steps=1000"),
     # deepspeed_extra against other keys
@@ -175,6 +179,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"data.tokenizer": "bpe", "data.bpe_vocab_size": 272},
     {"data.tokenizer": "org/name"},
     {"data.source": "text", "data.path": "x"},
+    {"data.source": "text", "data.path": "x", "data.validation_path": "y"},
     {"data.source": "hf", "data.path": "x", "data.streaming": True},
     {"callbacks": {"profiler": {}, "curves": None}},
     {"run.name": "llama-1.5_b@2026+x=1"},

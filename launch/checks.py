@@ -6,7 +6,6 @@ for what stops or slows some.
 
 from __future__ import annotations
 
-import netrc
 import os
 import platform
 import resource
@@ -24,6 +23,7 @@ from packaging.requirements import Requirement
 from anyshard import __version__
 from anyshard.launch.env import Hardware, is_port_free
 from anyshard.offload import op_cache
+from anyshard.trainer.wandb_key import find_key
 
 TESTED = {
     "torch": "2.13.0",
@@ -241,15 +241,11 @@ def wandb_login(environ: Mapping[str, str] = os.environ, home: Path | None = Non
     mode = environ.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return Check("wandb", "ok", f"{mode} by WANDB_MODE")
-    if environ.get("WANDB_API_KEY"):
-        return Check("wandb", "ok", "online: key in WANDB_API_KEY")
-    file = (home or Path.home()) / ".netrc"
-    try:
-        known = netrc.netrc(file).hosts if file.exists() else {}
-    except (netrc.NetrcParseError, OSError):
-        return Check("wandb", "warn", f"{file} cannot be read", "mend it, or set WANDB_API_KEY")
-    if any("wandb" in host for host in known):
-        return Check("wandb", "ok", f"online: key in {file}")
+    key = find_key(environ, home)
+    if key.problem:
+        return Check("wandb", "warn", f"{key.problem}: tracking=wandb writes offline runs", "mend it, or set WANDB_API_KEY")
+    if key.source:
+        return Check("wandb", "ok", f"online: key in {key.source}")
     return Check("wandb", "ok", "no key: tracking=wandb writes offline runs ('wandb login' changes that)")
 
 

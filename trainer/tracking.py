@@ -6,12 +6,12 @@ import logging
 import os
 import secrets
 from dataclasses import asdict
-from netrc import netrc
 from pathlib import Path
 from typing import Any, Protocol
 
 from anyshard.configs import schema
 from anyshard.configs.errors import EnvError
+from anyshard.trainer.wandb_key import find_key
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +38,19 @@ class Wandb:
 
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-        options = config.tracking
+        mode = wandb_mode(config.tracking.mode)
         try:
-            self._run = self._init(wandb, config, run_dir, run_id)
+            self._run = self._init(wandb, config, run_dir, run_id, mode)
         except wandb.Error as error:
-            mode = wandb_mode(options.mode)
             raise EnvError(
                 f"tracking.mode={mode}: wandb cannot start ({error}). Run 'wandb login', or set tracking.mode=offline."
             ) from error
         id_file.write_text(run_id)
         self._run.define_metric("tokens")
-        logger.info("wandb run %s in mode %s", run_id, wandb_mode(options.mode))
+        logger.info("wandb run %s in mode %s", run_id, mode)
 
     @staticmethod
-    def _init(wandb: Any, config: schema.Config, run_dir: Path, run_id: str) -> Any:
+    def _init(wandb: Any, config: schema.Config, run_dir: Path, run_id: str, mode: str) -> Any:
         options = config.tracking
         return wandb.init(
             project=options.project,
@@ -61,7 +60,7 @@ class Wandb:
             name=config.run.name,
             id=run_id,
             resume="allow",
-            mode=wandb_mode(options.mode),
+            mode=mode,
             dir=run_dir,
             config=_plain(asdict(config)),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
@@ -76,21 +75,16 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
 
-def wandb_mode(mode: schema.WandbMode) -> Any:
+def wandb_mode(mode: schema.WandbMode) -> str:
     """The mode wandb is started in: what was asked, `WANDB_MODE`, or by whether there is an API key."""
     if mode is not schema.WandbMode.auto:
-        return mode.value
+        return str(mode.value)
     if "WANDB_MODE" in os.environ:
         return os.environ["WANDB_MODE"]
-    return "online" if has_wandb_key() else "offline"
-
-
-def has_wandb_key() -> bool:
-    """Whether an API key is in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return path.exists() and netrc(path).authenticators("api.wandb.ai") is not None
+    key = find_key()
+    if key.problem:
+        logger.warning("%s, so there is no wandb key", key.problem)
+    return "online" if key.source else "offline"
 
 
 def build_trackers(config: schema.Config, run_dir: Path, *, rank: int) -> list[Tracker]:

@@ -157,7 +157,9 @@ def test_wandb_login(tmp_path: Path) -> None:
     (tmp_path / ".netrc").chmod(0o600)
     assert "key in" in checks.wandb_login({}, tmp_path).found
     (tmp_path / ".netrc").write_text("machines are great\n")
-    assert checks.wandb_login({}, tmp_path).mark == "warn"
+    broken = checks.wandb_login({}, tmp_path)
+    assert (broken.mark, broken.fix) == ("warn", "mend it, or set WANDB_API_KEY")
+    assert ".netrc cannot be read (bad toplevel token 'machines'" in broken.found
 
 
 def test_hugging_face(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def test_a_key_in_the_environment_or_netrc_is_online(no_key, monkeypatch):
     assert tracking.wandb_mode(schema.WandbMode.auto) == "online"
 
 
+def test_a_netrc_file_that_cannot_be_read_is_told_and_means_offline(no_key, caplog):
+    no_key.write_text("machines are great\n")
+    assert tracking.wandb_mode(schema.WandbMode.auto) == "offline"
+    (told,) = caplog.messages
+    assert "netrc cannot be read (bad toplevel token 'machines'" in told
+
+
 def test_the_environment_and_the_configuration_win(no_key, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracking.wandb_mode(schema.WandbMode.auto) == "disabled"

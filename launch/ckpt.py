@@ -17,20 +17,21 @@ from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.configs.places import is_remote, place
 from anyshard.launch.console import make_console
 from anyshard.trainer.checkpoint import catalog, retention
-from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Commit, Manifest
+from anyshard.trainer.checkpoint.manifest import BUFFER, COMMIT, PARAM, Commit, Manifest
 from anyshard.trainer.checkpoint.store import store_of
 
 
 def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
-    """List the checkpoints of a run (or of a directory of them), newest first; those that are not sound say why.
+    """List the checkpoints of a run (or of a directory of them, or one alone), newest first; those that are not sound say why.
 
     Returns:
         0, also when some are damaged; 1 when there are none.
+
+    Raises:
+        CheckpointError: one alone whose directory has another name, and that cannot be read.
     """
     run_or_dir = place(run_or_dir)
-    directories = _folders(run_or_dir)
-    found = [each for directory in directories for each in catalog.list_checkpoints(directory)]
-    rows = [_row(each) for each in found]
+    rows = [_row(each) for each in _found(run_or_dir)]
     if as_json:
         print(json.dumps(rows))
     elif rows:
@@ -55,6 +56,16 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
 def _folders(run_or_dir: Path) -> tuple[Path, Path]:
     """Where checkpoints may be."""
     return run_or_dir, run_or_dir / "checkpoints" if is_remote(run_or_dir) else checkpoint_dir_in(run_or_dir)
+
+
+def _found(path: Path) -> list[catalog.Found]:
+    has_commit = (path / COMMIT).is_file()
+    step = catalog.step_of(path)
+    if step is None and has_commit:
+        step = catalog.read_commit(path).step  # written by 'ckpt import' or 'convert', under any name
+    if step is not None and (has_commit or (path.is_dir() and not is_remote(path))):
+        return [catalog.Found(path, step, catalog.structure_problem(path))]
+    return [each for directory in _folders(path) for each in catalog.list_checkpoints(directory)]
 
 
 def _row(found: catalog.Found) -> dict[str, Any]:

@@ -42,7 +42,9 @@ RunDir = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 Target = Annotated[
     Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint directory.", metavar="RUN|CHECKPOINT")
 ]
-
+Listed = Annotated[
+    Path, typer.Argument(help="A run directory, a directory of checkpoints, or one checkpoint.", metavar="RUN|CHECKPOINT")
+]
 Source = Annotated[
     Path, typer.Argument(help="A run directory (its newest checkpoint) or a checkpoint directory.", metavar="SOURCE")
 ]
@@ -105,13 +107,14 @@ def parity(
 def resume(
     run: RunDir,
     overrides: Overrides = None,
+    config_dir: ConfigDir = None,
     force: Annotated[bool, typer.Option("--force", help="Accept overrides that change the mathematics of the run.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Continue a run, on the same layout or another (parallel, zero, offload, launch), to other lengths and intervals."""
     from anyshard.launch import train as command
 
-    raise typer.Exit(command.resume(run, overrides or [], force=force, dry_run=dry_run))
+    raise typer.Exit(command.resume(run, overrides or [], config_dir=config_dir, force=force, dry_run=dry_run))
 
 
 @app.command()
@@ -127,8 +130,8 @@ def doctor(
 
 
 @ckpt_app.command("ls")
-def ckpt_ls(path: Target, as_json: AsJson = False) -> None:
-    """List the checkpoints of a run: step, age, size, layout."""
+def ckpt_ls(path: Listed, as_json: AsJson = False) -> None:
+    """List the checkpoints of a run: step, when it was saved, layout, size, loss, whether it is complete."""
     from anyshard.launch import ckpt
 
     raise typer.Exit(ckpt.ls(path, as_json=as_json))
@@ -245,7 +248,9 @@ def runs_ls(
 
 @runs_app.command("tail")
 def runs_tail(
-    run: RunDir, lines: Annotated[int, typer.Option("--lines", "-n", help="Lines to begin with.")] = 10, follow: bool = True
+    run: RunDir,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Lines to begin with.")] = 10,
+    follow: Annotated[bool, typer.Option(help="Wait for more until the run ends or Ctrl-C; or print those there are.")] = True,
 ) -> None:
     """Follow the metrics of a run."""
     from anyshard.launch import runs

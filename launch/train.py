@@ -152,13 +152,13 @@ def freeze(config: schema.Config, overrides: Sequence[str], planned: Plan, run_d
     write_file(run_dir / "env.json", json.dumps(frozen.environment(), indent=2) + "\n")
 
 
-def resume(run_dir: Path, overrides: Sequence[str], *, force: bool, dry_run: bool) -> int:
+def resume(run_dir: Path, overrides: Sequence[str], *, config_dir: Path | None, force: bool, dry_run: bool) -> int:
     """`anyshard resume`: the frozen configuration with other lengths, intervals or layout; returns the exit code.
 
     Raises:
         ConfigError: an override would change the mathematics of the run and `force` is off.
     """
-    config = override_frozen(run_dir, overrides, force=force)
+    config = override_frozen(run_dir, overrides, force=force, config_dir=config_dir)
     if not dry_run:
         check_free(run_dir)  # a live run's STOP is its own
         (run_dir / "STOP").unlink(missing_ok=True)

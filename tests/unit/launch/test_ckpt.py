@@ -34,6 +34,24 @@ def test_ls(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "step 4: COMMIT: it is of step 3" in text
 
 
+@pytest.mark.parametrize(("name", "problem"), [("step-00000003", False), ("step-00000004", True), ("imported", False)])
+def test_ls_of_one(name: str, problem: bool, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "imported":
+        shutil.copytree(ASSET / "step-00000003", run / "checkpoints" / name)
+    assert ckpt.ls(run / "checkpoints" / name, as_json=True) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["path"], row["step"]) == (str(run / "checkpoints" / name), 4 if problem else 3)
+    assert bool(row["problem"]) == problem
+
+
+def test_ls_of_one_that_cannot_be_read(run: Path) -> None:
+    broken = run / "imported"
+    shutil.copytree(ASSET / "step-00000003", broken)
+    (broken / "COMMIT").write_text("{")
+    with pytest.raises(CheckpointError, match="COMMIT"):
+        ckpt.ls(broken)
+
+
 def test_ls_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ckpt.ls(tmp_path) == 1
     assert "no checkpoints" in capsys.readouterr().err

@@ -5,11 +5,12 @@ set -euo pipefail
 run="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 say() { if [ -t 1 ]; then printf '\n\033[1m== %s\033[0m\n' "$*"; else printf '\n== %s\n' "$*"; fi; }
 
-if grep -qw -e amx_bf16 -e avx512_bf16 /proc/cpuinfo || command -v nvidia-smi >/dev/null; then
+num_gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
+if [ "$num_gpus" -gt 0 ] || grep -qw -e amx_bf16 -e avx512_bf16 /proc/cpuinfo; then
   set -- precision=bf16 "$@" # this hardware multiplies bf16 faster than fp32, the experiment's own choice
 fi
 
-if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L | wc -l)" -eq 1 ]; then
+if [ "$num_gpus" -eq 1 ]; then
   set -- launch.procs_per_node=1 "$@" # a rank for each GPU
 fi
 

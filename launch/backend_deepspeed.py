@@ -29,7 +29,7 @@ from anyshard.configs.schema import Runner
 from anyshard.launch import hostfile
 from anyshard.launch.backend_local import signals_of_people
 from anyshard.launch.runs import ended_with_a_stop, last_attempt
-from anyshard.launch.spec import LaunchSpec, Rendered
+from anyshard.launch.spec import LaunchSpec, Rendered, require_gpus
 
 DEFAULT_PORT = 29500
 PROGRAMS = {Runner.pdsh: "pdsh", Runner.openmpi: "mpirun"}
@@ -76,10 +76,7 @@ class DeepspeedBackend:
             ConfigError: the hosts do not fit launch.nodes and launch.procs_per_node.
             EnvError: pdsh or mpirun is missing.
         """
-        if spec.gpus_per_node and spec.gpus_per_node < spec.procs_per_node:
-            why = f"each rank needs a GPU of its own, and a node has {spec.gpus_per_node}."
-            fix = f"Set it to {spec.gpus_per_node} or auto, or correct cluster.devices_per_node."
-            raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
+        require_gpus(spec)
         options = spec.options.deepspeed
         chosen = hostfile.select(read_hosts(spec), options.include, options.exclude)
         counts = {len(slots) for slots in chosen.values()}

@@ -27,9 +27,9 @@ import psutil
 from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, ConfigError, EnvError, Problem
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.writing import writing
-from anyshard.launch.env import find_hardware, is_port_free
+from anyshard.launch.env import is_port_free
 from anyshard.launch.runs import ended_with_a_stop
-from anyshard.launch.spec import LaunchSpec, Rendered
+from anyshard.launch.spec import LaunchSpec, Rendered, require_gpus
 from anyshard.parallel.parent import signal_when_parent_dies
 
 KILLED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*(-\d+)")
@@ -69,11 +69,7 @@ class LocalBackend:
             why = "launch=local starts the ranks of this node alone."
             fix = "Use launch=slurm, launch=torchrun or launch=deepspeed (docs/cluster.md), or set launch.nodes=1."
             raise ConfigError(Problem("launch.nodes", spec.nodes, why, fix))
-        num_gpus = find_hardware().num_gpus
-        if 0 < num_gpus < spec.procs_per_node:
-            why = f"each rank needs a GPU of its own, and {num_gpus} can be used here."
-            fix = f"Set it to {num_gpus} or auto, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
-            raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
+        require_gpus(spec)
         if spec.port is not None and not is_port_free(spec.port):
             raise EnvError(
                 f"launch.port={spec.port}: something listens on this port already. "

@@ -21,7 +21,7 @@ from anyshard.configs.errors import EXIT_DONE, ConfigError, EnvError, LaunchErro
 from anyshard.configs.schema import Starter
 from anyshard.configs.writing import write_file
 from anyshard.launch import slurm
-from anyshard.launch.spec import REASONS, LaunchSpec, Rendered
+from anyshard.launch.spec import REASONS, LaunchSpec, Rendered, require_gpus
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sbatch.j2"
 OF_THIS_HOST = ("PATH", "OMP_NUM_THREADS")
@@ -47,15 +47,11 @@ class SlurmBackend:
             ConfigError: it is not known whether the nodes have GPUs, or a rank would have none.
             EnvError: there is no sbatch.
         """
-        procs = spec.procs_per_node
         if spec.gpus_per_node is None:
             why = "this host has no GPU, so it cannot be known what the nodes have."
             fix = "Set cluster=8xh100, cluster.devices_per_node=8, or cluster=cpu for nodes without."
             raise ConfigError(Problem("cluster.devices_per_node", None, why, fix))
-        if spec.gpus_per_node and spec.gpus_per_node < procs:
-            why = f"each rank needs a GPU of its own, and a node has {spec.gpus_per_node}."
-            fix = f"Set it to {spec.gpus_per_node} or auto, or correct cluster.devices_per_node."
-            raise ConfigError(Problem("launch.procs_per_node", procs, why, fix))
+        require_gpus(spec)
         if spec.options.slurm.container_mounts and not spec.options.slurm.container_image:
             why, fix = "there is no launch.slurm.container_image.", "Set it, or mount nothing."
             raise ConfigError(Problem("launch.slurm.container_mounts", spec.options.slurm.container_mounts, why, fix))

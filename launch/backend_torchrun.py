@@ -14,7 +14,7 @@ from anyshard.configs.errors import ConfigError, EnvError, Problem
 from anyshard.configs.schema import Rendezvous
 from anyshard.launch.backend_local import LocalBackend
 from anyshard.launch.env import is_port_free
-from anyshard.launch.spec import LaunchSpec, Rendered
+from anyshard.launch.spec import LaunchSpec, Rendered, require_gpus
 
 DEFAULT_PORT = 29500
 
@@ -48,10 +48,7 @@ class TorchrunBackend(LocalBackend):
             ConfigError: more than the GPUs of this node is asked for.
             EnvError: the port is taken.
         """
-        if spec.gpus_per_node and spec.gpus_per_node < spec.procs_per_node:
-            why = f"each rank needs a GPU of its own, and a node has {spec.gpus_per_node}."
-            fix = f"Set it to {spec.gpus_per_node} or auto, or correct cluster.devices_per_node."
-            raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
+        require_gpus(spec)
         if spec.options.min_nodes and spec.nodes > 1 and spec.options.torchrun.rendezvous is Rendezvous.static:
             why = "with numbers given to nodes none may stay away."
             fix = "Use launch.torchrun.rendezvous=c10d, or leave it out."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from anyshard.configs import schema
+from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.writing import write_file, writing
 from anyshard.launch.env import Hardware
 from anyshard.offload.op_cache import op_env
@@ -37,6 +38,19 @@ class LaunchSpec:
     gpus_per_node: int | None = 0
     node_rank: int = 0
     host: str = "localhost"
+
+
+def require_gpus(spec: LaunchSpec) -> None:
+    """Refuse more ranks on a node than it has GPUs, where it has any.
+
+    Raises:
+        ConfigError: a rank would have none.
+    """
+    if spec.gpus_per_node and spec.gpus_per_node < spec.procs_per_node:
+        why = f"each rank needs a GPU of its own, and a node has {spec.gpus_per_node}."
+        hide = ", or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU" if spec.options.name == "local" else ""
+        fix = f"Set it to {spec.gpus_per_node} or auto{hide or ', or correct cluster.devices_per_node'}."
+        raise ConfigError(Problem("launch.procs_per_node", spec.procs_per_node, why, fix))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import pytest
 from anyshard.configs.errors import ConfigError, EnvError
 from anyshard.launch import backend_local
 from anyshard.launch.backend_local import LocalBackend
-from anyshard.launch.env import Hardware
 from anyshard.launch.spec import LaunchSpec
 
 SPEC = LaunchSpec(
@@ -30,12 +29,10 @@ def test_several_nodes_are_another_launchers_work():
 
 
 @pytest.mark.parametrize(("num_gpus", "refused"), [(0, False), (1, True), (2, False), (8, False)])
-def test_each_rank_has_a_gpu_where_there_are_any(monkeypatch, num_gpus, refused):
-    hardware = Hardware(num_gpus=num_gpus, gpu_name=None, gpu_memory_gib=None, host_memory_gib=24.0, num_cores=8)
-    monkeypatch.setattr(backend_local, "find_hardware", lambda: hardware)
-    told = r"launch\.procs_per_node=2: .*1 can be used here\. Set it to 1 or auto"
+def test_each_rank_has_a_gpu_where_there_are_any(num_gpus, refused):
+    told = r"launch\.procs_per_node=2: .*a node has 1\. Set it to 1 or auto, or hide the GPUs"
     with pytest.raises(ConfigError, match=told) if refused else contextlib.nullcontext():
-        LocalBackend().check(SPEC)
+        LocalBackend().check(LaunchSpec(**{**SPEC.__dict__, "gpus_per_node": num_gpus}))
 
 
 def test_a_killed_torchrun_is_named(tmp_path, capsys):

@@ -89,7 +89,7 @@ def plan(
 @app.command()
 def parity(
     layout_a: Annotated[str, typer.Argument(metavar="LAYOUT_A", help="Degrees and ZeRO stage, such as dp2 or dp2xtp2xz3.")],
-    layout_b: Annotated[str, typer.Argument(metavar="LAYOUT_B")],
+    layout_b: Annotated[str, typer.Argument(metavar="LAYOUT_B", help="What to compare it with.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the two runs; must not exist.")] = Path("parity"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps of each.")] = 20,

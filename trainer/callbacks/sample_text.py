@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyshard.trainer.callbacks.base import Callback
+from anyshard.trainer.state import derived_seed
 
 if TYPE_CHECKING:
     from anyshard.trainer.trainer import Trainer
@@ -56,7 +57,7 @@ class SampleText(Callback):
         Collective: every rank calls it, since ZeRO-3 gathers parameters in each forward pass.
         """
         tokenizer, model = trainer.task.tokenizer, trainer.engine.ds
-        generator = torch.Generator().manual_seed(trainer.config.seed)
+        generator = torch.Generator().manual_seed(derived_seed(trainer.config.seed, "sample"))
         ids = torch.from_numpy(tokenizer.encode_batch([self.prompt])[0].astype("int64"))
         model.eval()
         with torch.no_grad():

@@ -56,13 +56,14 @@ def resume(directory: str, layout: Layout) -> dict[str, Any]:
 def test_the_last_good_checkpoint_is_found(tmp_path: Path, point: str, rank: int) -> None:
     checkpoints, states = tmp_path / "checkpoints", tmp_path / "states"
     states.mkdir()
+    times = 5 if (point, rank) == ("data", 0) else 3  # rank 0 writes a second block in each save: the buffers
     with pytest.raises(RanksError) as caught:
         run_ranks(
             train_until_the_fault,
             2,
             directory=str(checkpoints),
             states=str(states),
-            fault=f"{point}:{rank}:3",
+            fault=f"{point}:{rank}:{times}",
             fresh=True,
             timeout_s=90,
         )

@@ -79,7 +79,7 @@ def test_numbers_that_do_not_fit_each_other(tmp_path):
     said = refused(tmp_path, *SMOKE, "parallel.dp=3", "train.global_batch_size=12")
     assert "parallel.dp=3: dp * tp * pp * sp = 3 * 1 * 1 * 1 = 3, but there are 2 ranks" in said
     assert "Set parallel.dp=2 or auto, or start launch.procs_per_node=3." in said
-    assert "parallel.tp=2: " in refused(tmp_path, *SMOKE, "parallel.tp=2")
+    assert "parallel.pp=2: " in refused(tmp_path, *SMOKE, "parallel.pp=2")
 
 
 def test_a_model_too_small_for_the_data(tmp_path):
@@ -148,7 +148,7 @@ def test_a_run_directory_of_another_run_and_none_at_all(run):
     assert f"run.dir={run}: it holds a run with seed=42 (here 7)." in said
     assert "Choose another run.dir" in said
     said = refused(run.parent, "nowhere", command="resume")
-    assert "run directory=nowhere: it holds no config.yaml." in said
+    assert "run directory=nowhere: there is no such folder." in said
     said = refused(run.parent, "run", "optimizer.weight_decay=0.3", "seed=7", command="resume")
     assert "optimizer.weight_decay=0.3: the run was started with 0.1, and this would change its mathematics." in said
     assert "seed=7" in said

@@ -19,6 +19,8 @@ from helpers.slurm import Cluster, end_jobs, slurm_cluster, why_not
 pytestmark = pytest.mark.e2e
 
 LONG = ["train.max_steps=100000", "train.eval_every_steps=0", "checkpoint.every_steps=0", "train.log_every_steps=10"]
+SOON = "StartTime=now+4"
+"""For a requeued job, instead of two minutes: a node refuses a job that comes back in the second in which it was ended."""
 TWO_NODES = ["debug=smoke", "launch=slurm", "cluster=cpu", "launch.nodes=2", "launch.procs_per_node=1"]
 
 
@@ -90,7 +92,7 @@ def test_a_warned_job_saves_goes_back_into_the_queue_and_continues(cluster, tmp_
     assert stop["reason"] == "signal SIGUSR2"
     assert happened(run, "commit")[-1]["step"] == stop["step"]
 
-    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    cluster.run("scontrol", "update", f"jobid={job}", SOON)
     wait_for_step(run, stop["step"] + 10)
     restored = happened(run, "restore")
     assert [event["step"] for event in restored] == [stop["step"]]
@@ -113,7 +115,7 @@ def test_a_requeued_job_takes_the_nodes_that_are_left(cluster, tmp_path):
         cluster.run("scancel", "--batch", "--signal=USR2", job)
         cluster.wait_for(job, "PENDING")
         stopped = happened(run, "stop")[-1]["step"]
-        cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        cluster.run("scontrol", "update", f"jobid={job}", SOON)
         wait_for_step(run, stopped + 10)
     finally:
         cluster.run("scontrol", "update", "nodename=n2", "state=resume")

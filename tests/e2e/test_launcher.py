@@ -46,11 +46,7 @@ def test_a_killed_launcher_leaves_ranks_that_save_and_end(tmp_path):
 
 
 def test_a_closed_terminal_is_a_stop(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, where it means nothing
-    try:
-        process, _ = training(tmp_path)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process, _ = training(tmp_path)
     process.send_signal(signal.SIGHUP)
     assert finish(process)[0] == 75
     assert happened(tmp_path / "run", "stop")[0]["reason"] == "signal SIGHUP"

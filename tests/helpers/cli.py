@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,10 +45,17 @@ def anyshard(
     )
 
 
+def _from_a_terminal() -> None:
+    """Tests may run under nohup or in the background of a script, where these signals are ignored by whatever is started."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a command and leave it running."""
     return subprocess.Popen(
         [*COMMAND, *arguments],
+        preexec_fn=_from_a_terminal,
         cwd=cwd,
         env=environment(**(env or {})),
         stdin=subprocess.DEVNULL,

@@ -34,6 +34,8 @@ from anyshard.parallel.parent import signal_when_parent_dies
 
 KILLED = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s+exitcode\s*:\s*(-\d+)")
 """Ranks that died by a signal, in torchrun's report (torch/distributed/elastic/multiprocessing/errors/__init__.py)."""
+WENT = re.compile(rf"exitcode\s*:\s*{EXIT_REQUEUE}\b")
+"""A rank that ended as it was asked to. torchrun kills those that do not follow in 30 s, such as one inside gloo's connect."""
 
 GRACE_S = 10.0
 """`grace_s` where nothing restarts the ranks."""
@@ -238,7 +240,7 @@ def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report
                 file=sys.stderr,
             )
         return int(first["exit_code"])
-    if ended_with_a_stop(logs.parent) or (wished and not killed):
+    if ended_with_a_stop(logs.parent) or (wished and (not killed or WENT.search(report))):
         return EXIT_REQUEUE
     for rank, code in killed[:1]:
         name = signal.Signals(-code).name

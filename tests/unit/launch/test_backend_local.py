@@ -112,6 +112,13 @@ def test_a_killed_rank_is_named_rather_than_those_that_missed_it(tmp_path, capsy
     assert "Connection" not in shown
 
 
+def test_a_rank_that_torchrun_killed_because_it_did_not_follow_a_wish_is_no_failure(tmp_path):
+    went = "  rank      : 1 (local_rank: 1)\n  exitcode  : 75 (pid: 78)\n"
+    assert conclude(tmp_path, wished=True, report=went + killed(0, -9)) == 75
+    assert conclude(tmp_path, wished=True, report=killed(0, -9)) == 1
+    assert conclude(tmp_path, wished=False, report=went + killed(0, -9)) == 1
+
+
 def test_a_lost_connection_alone_is_shown(tmp_path, capsys):
     record(tmp_path, 0, 1.0, message="RuntimeError: Connection reset by peer")
     assert conclude(tmp_path) == 1

@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +49,7 @@ from anyshard.trainer.metrics import Reporter
 from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
 from anyshard.trainer.peak import device_peak_flops
+from anyshard.trainer.planning import planned_flops_per_token, start_planning
 from anyshard.trainer.restore import describe_layout, is_in_memory, layout_of, restore
 from anyshard.trainer.saves import GRACE_S, Saves
 from anyshard.trainer.state import Progress, seed_everything
@@ -60,8 +59,6 @@ from anyshard.trainer.tracking import build_trackers
 from anyshard.trainer.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
-
-PLANNING_TIMEOUT_S = 120.0
 
 
 @dataclasses.dataclass
@@ -220,11 +217,11 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
             if config.model.builder == "hf":  # before the corpus is tokenised, which may take hours
                 model_vocab_size = hf_config(config.model, config.data).get_text_config().vocab_size
                 lm.check_vocabulary(model_vocab_size, vocab_size(config.data), config.data.tokenizer)
-            planning = _start_planning(run_dir) if first else None
+            planning = start_planning(run_dir) if first else None
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
             builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent)
             task = lm.build_lm_task(config, splits, builder)
-            task.flops_per_token = _flops_per_token(run_dir, planning) if first else None
+            task.flops_per_token = planned_flops_per_token(run_dir, planning) if first else None
             data_fingerprint = splits.fingerprint
             if first:
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
@@ -353,28 +350,6 @@ def _memory_of(config: schema.Config, rank: Rank, reporter: Reporter) -> Checkpo
         event=event,
         staging_bytes=ram.STAGING_BYTES,
     )
-
-
-def _start_planning(run_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Have plan.json written beside the data and the model, where no launcher has planned this configuration."""
-    planned, config = run_dir / "plan.json", run_dir / frozen.CONFIG_FILE
-    if planned.exists() and planned.stat().st_mtime >= config.stat().st_mtime:
-        return None
-    command = [sys.executable, "-m", "anyshard.launch.plan", str(run_dir)]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-
-
-def _flops_per_token(run_dir: Path, planning: subprocess.Popen[bytes] | None) -> float | None:
-    """Work of one token, as planned; None where that failed, which the log says."""
-    try:
-        if planning is not None:
-            planning.wait(timeout=PLANNING_TIMEOUT_S)
-        return float(json.loads((run_dir / "plan.json").read_text())["flops_per_token"])
-    except (OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
-        logger.warning("there is no plan, and so no perf/mfu_pct: %s", error)
-        return None
 
 
 def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> str:

@@ -38,6 +38,8 @@ class TorchrunBackend(LocalBackend):
             "--run-dir",
             str(spec.run_dir),
         ]
+        # torch 2.13.0 distributed/elastic/rendezvous/dynamic_rendezvous.py:1146: by default ranks meet in the agents' store,
+        # which outlives an attempt; gloo ranks of the next one were seen to wait at the addresses of those before
         env = {**spec.env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if options.max_restarts else spec.env
         return Rendered(argv, env)
 

@@ -1,10 +1,9 @@
 """Wishes to stop or to save, and how all ranks agree on them.
 
-A wish comes from a signal to any rank, from the STOP or SAVE file in the run directory, or from `stop.at_s`, or from
-the end of the job of Slurm. Every rank
-contributes its wishes to a small all-reduce on the control group and reads the result at a later step, so that nobody
-waits for it and everybody acts at the same step. That is each step, or every few where steps are so short that agreeing
-would be felt. `stop.at_step` needs no agreement.
+A wish comes from a signal to any rank, from the STOP or SAVE file in the run directory, from `stop.at_s`, or from the
+end of the job of Slurm. Every rank contributes its wishes to a small all-reduce on the control group and reads the result
+at a later step, so that nobody waits for it and everybody acts at the same step. That is each step, or every few where
+steps are so short that agreeing would be felt. `stop.at_step` needs no agreement.
 """
 
 from __future__ import annotations

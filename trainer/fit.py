@@ -49,7 +49,7 @@ from anyshard.trainer.metrics import Reporter
 from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
 from anyshard.trainer.peak import device_peak_flops
-from anyshard.trainer.planning import planned_flops_per_token, start_planning
+from anyshard.trainer.planning import counted_flops_per_token, planned_flops_per_token, start_planning
 from anyshard.trainer.restore import describe_layout, is_in_memory, layout_of, restore
 from anyshard.trainer.saves import GRACE_S, Saves
 from anyshard.trainer.state import Progress, seed_everything
@@ -103,14 +103,14 @@ def fit_as_process(
     signals: Signals,
     overrides: Sequence[str] = (),
     timeout_s: float | None = None,
-    on_agreed: Callable[[Path], None] = lambda run_dir: None,
+    on_agreed: Callable[[Path], None] | None = None,
 ) -> Outcome:
     """`fit` for a process that is nothing but this rank.
 
     Args:
         overrides: what made `config`, for overrides.yaml.
         timeout_s: `launch.timeout_s`, where `config` is not known before the ranks have met.
-        on_agreed: called with the run directory once it is known and locked, before anything long begins.
+        on_agreed: called with the run directory once it is known and locked, before anything long begins; None for the library.
 
     Raises:
         AnyshardError: as `fit`.
@@ -120,9 +120,10 @@ def fit_as_process(
     with contextlib.ExitStack() as held:
         held.callback(setattr, signals, "training", False)
         agreed = _agree(config, rank, held, overrides)
-        on_agreed(frozen.run_dir_of(agreed))
+        if on_agreed is not None:
+            on_agreed(frozen.run_dir_of(agreed))
         _build_ops(needed_ops(agreed, rank.device.type), rank.env)
-        return _fit(agreed, task, rank, signals)
+        return _fit(agreed, task, rank, signals, as_process=on_agreed is not None)
 
 
 def _join(config: schema.Config | Callable[[], schema.Config], started_s: float, timeout_s: float | None) -> Rank:
@@ -198,7 +199,7 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
     return config
 
 
-def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals) -> Outcome:
+def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals, *, as_process: bool) -> Outcome:
     run_dir = frozen.run_dir_of(config)
     groups = create_groups(mesh_of(config), rank.env.rank)
     batch = plan_batch(config.train, groups.mesh.dp)
@@ -217,11 +218,14 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals)
             if config.model.builder == "hf":  # before the corpus is tokenised, which may take hours
                 model_vocab_size = hf_config(config.model, config.data).get_text_config().vocab_size
                 lm.check_vocabulary(model_vocab_size, vocab_size(config.data), config.data.tokenizer)
-            planning = start_planning(run_dir) if first else None
+            # a process that called `fit` itself may have registered what the planner's process does not know
+            planning = start_planning(run_dir) if first and as_process else None
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
             builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent)
             task = lm.build_lm_task(config, splits, builder)
-            task.flops_per_token = planned_flops_per_token(run_dir, planning) if first else None
+            if first:
+                planned = planned_flops_per_token(run_dir, planning) if as_process else counted_flops_per_token(config)
+                task.flops_per_token = planned
             data_fingerprint = splits.fingerprint
             if first:
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")

@@ -9,7 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from anyshard.configs import schema
 from anyshard.configs.frozen import CONFIG_FILE
+from anyshard.configs.registry import lookup
+from anyshard.trainer.flops import flops_per_token
+from anyshard.trainer.models.table import table_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,3 +46,10 @@ def planned_flops_per_token(run_dir: Path, planning: subprocess.Popen[bytes] | N
     except (OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
         logger.warning("there is no plan, and so no perf/mfu_pct: %s", error)
         return None
+
+
+def counted_flops_per_token(config: schema.Config) -> float:
+    """Work of one token, counted here: in a process whose own models no other process knows."""
+    build = lookup("model", config.model.builder, key="model.builder")
+    model = build(config, device=torch.device("meta"), dtype=torch.float32, partition=None, say=lambda line: None)
+    return flops_per_token(table_of(model), config.data.sequence_length, recompute=config.train.activation_checkpointing)

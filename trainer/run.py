@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             redirected = True
             from anyshard.trainer.fit import fit_as_process
 
-            outcome = fit_as_process(config, signals=signals)
+            outcome = fit_as_process(config, signals=signals, on_agreed=lambda run_dir: None)
         else:
             from anyshard.trainer.fit import fit_as_process
 

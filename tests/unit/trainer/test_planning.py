@@ -6,8 +6,8 @@ import json
 import os
 
 from anyshard.configs.compose import compose
-from anyshard.configs.frozen import freeze
-from anyshard.trainer.planning import planned_flops_per_token, start_planning
+from anyshard.configs.frozen import freeze, load_frozen
+from anyshard.trainer.planning import counted_flops_per_token, planned_flops_per_token, start_planning
 
 
 def frozen(tmp_path, *overrides):
@@ -36,3 +36,8 @@ def test_a_plan_that_fails_is_no_plan_not_even_an_old_one(tmp_path, caplog):
     (run / "config.yaml").write_text("nonsense: true\n")
     assert planned_flops_per_token(run, start_planning(run)) is None
     assert "there is no plan, and so no perf/mfu_pct" in caplog.text
+
+
+def test_the_library_counts_what_the_planner_does(tmp_path):
+    run = frozen(tmp_path)
+    assert counted_flops_per_token(load_frozen(run)) == planned_flops_per_token(run, start_planning(run))

@@ -16,7 +16,7 @@ from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, Env
 from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.configs.places import is_remote, place
 from anyshard.launch.console import make_console
-from anyshard.trainer.checkpoint import catalog, retention
+from anyshard.trainer.checkpoint import catalog, ram, retention
 from anyshard.trainer.checkpoint.manifest import BUFFER, COMMIT, PARAM, Commit, Manifest
 from anyshard.trainer.checkpoint.store import store_of
 
@@ -39,7 +39,7 @@ def ls(run_or_dir: Path, *, as_json: bool = False) -> int:
             "step", "created", "saved under", "size", "eval loss", "state", title=str(run_or_dir), title_justify="left"
         )
         for row in rows:
-            state = "damaged" if row["problem"] else "complete"
+            state = ("damaged" if row["problem"] else "complete") + (", in shared memory" if row["in_memory"] else "")
             loss = row["evaluation"].get("loss")
             shown = "" if loss is None else f"{loss:.4f}"
             table.add_row(str(row["step"]), row["created"], row["layout"], _size(row["num_bytes"]), shown, state)
@@ -65,13 +65,16 @@ def _found(path: Path) -> list[catalog.Found]:
         step = catalog.read_commit(path).step  # written by 'ckpt import' or 'convert', under any name
     if step is not None and (has_commit or (path.is_dir() and not is_remote(path))):
         return [catalog.Found(path, step, catalog.structure_problem(path))]
-    return [each for directory in _folders(path) for each in catalog.list_checkpoints(directory)]
+    folders = _folders(path) if is_remote(path) else (*_folders(path), ram.folder_of(path))
+    found = [each for directory in folders for each in catalog.list_checkpoints(directory)]
+    return sorted(found, key=lambda each: each.step, reverse=True)
 
 
 def _row(found: catalog.Found) -> dict[str, Any]:
     row = {
         "step": found.step,
         "path": str(found.path),
+        "in_memory": found.path.is_relative_to(ram.SHARED_MEMORY),
         "created": "",
         "layout": "",
         "num_bytes": 0,

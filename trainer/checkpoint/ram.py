@@ -91,7 +91,7 @@ def _copy(source: Path, directory: Path) -> Path:
                 for offset in range(0, size, COPY_BYTES):
                     write(memoryview(block)[: file.readinto(block)], offset)
         final = store.publish(begun, source.name, (source / COMMIT).read_bytes(), _pass)
-    except OSError:
+    except BaseException:
         store.abandon(begun)
         raise
     (final / retention.LEASE).unlink()

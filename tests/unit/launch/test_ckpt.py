@@ -9,6 +9,7 @@ from helpers.checkpoints import some_values, write_checkpoint
 
 from anyshard.configs.errors import CheckpointError, EnvError
 from anyshard.launch import ckpt
+from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.catalog import checkpoint_name, list_checkpoints
 from anyshard.trainer.checkpoint.retention import make_temporary
 
@@ -50,6 +51,20 @@ def test_ls_of_one_that_cannot_be_read(run: Path) -> None:
     (broken / "COMMIT").write_text("{")
     with pytest.raises(CheckpointError, match="COMMIT"):
         ckpt.ls(broken)
+
+
+def test_ls_tells_what_is_in_shared_memory(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ram.folder_of(run)
+    ram.make(folder)
+    try:
+        write_checkpoint(folder, some_values(), step=7)
+        assert ckpt.ls(run, as_json=True) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [(row["step"], row["in_memory"]) for row in rows] == [(7, True), (4, False), (3, False)]
+        assert ckpt.ls(run) == 0
+        assert "complete, in shared" in capsys.readouterr().out
+    finally:
+        ram.discard(folder)
 
 
 def test_ls_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

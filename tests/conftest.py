@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 from helpers.ranks import close_pools
-from helpers.sampling import SEED_VARIABLE, seed
+from helpers.sampling import SEED_VARIABLE, mark_the_rest_slow, seed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +26,11 @@ def _pools() -> Iterator[None]:
 
 def pytest_report_header() -> str:
     return f"campaigns are sampled by {SEED_VARIABLE}={seed()}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest_slow(items)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,7 +21,6 @@ from helpers.checkpoint_engines import (
     train,
 )
 from helpers.ranks import run_ranks
-from helpers.sampling import some
 
 from anyshard.trainer.checkpoint.catalog import read_commit, read_manifests
 
@@ -100,12 +99,6 @@ PAIRS = [
 ]
 
 
-def _in_turn(pairs: list[Any], count: int) -> list[Any]:
-    """Some of the pairs, others on another day; all of them among the slow tests."""
-    chosen = some(pairs, count)
-    return [pair if pair in chosen else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
-
-
 def save_then_train(layout: Layout, directory: str) -> dict[str, Any]:
     """Train, save, and go on: what a run that resumes must match."""
     with engine_of(layout) as engine:
@@ -155,7 +148,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], list[d
     return save
 
 
-@pytest.mark.parametrize(("source", "target"), [*PAIRS, *_in_turn([*TENSOR, *FUSED], 7)], ids=lambda layout: str(layout))
+@pytest.mark.sampled(26)
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, *TENSOR, *FUSED], ids=lambda layout: str(layout))
 def test_resume_on_any_layout(saved: Callable[[Layout], list[dict[str, Any]]], source: Layout, target: Layout) -> None:
     before = dict(saved(source)[0])
     ranks = run_ranks(restore_then_train, target.ranks, layout=target, path=before["path"])

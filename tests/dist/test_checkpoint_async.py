@@ -75,6 +75,7 @@ def states_in(layout: Layout, directory: str) -> dict[int, dict[str, str]]:
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_save_at_every_step_is_of_that_step_and_changes_nothing(tmp_path: Path, layout: Layout) -> None:
     ranks = run_ranks(save_every_step, layout.dp, layout=layout, directory=str(tmp_path), staging_bytes=None)
@@ -151,6 +152,7 @@ def fail_in_the_background(directory: str, call: str, code: int, rank: int) -> d
         return {"states": states, "failures": failures, "events": made.events}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("call", "code", "rank"),
     [("posix_fallocate", errno.ENOSPC, 1), ("pwrite", errno.EIO, 0), ("fsync", errno.EIO, 1), ("mkdir", errno.EACCES, 0)],
@@ -214,6 +216,7 @@ RUN = ["train.max_steps=8", "train.global_batch_size=8", "train.micro_batch_size
 EVERY = ["checkpoint.every_steps=1", "checkpoint.at_end=true", "checkpoint.keep=0"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("zero", "offload"), [(0, "none"), (1, "cpu"), (3, "none")])
 def test_a_run_with_background_saves_is_the_run_without(tmp_path: Path, zero: int, offload: str) -> None:
     """And its checkpoints are, byte for byte, those of a run that waits for each."""

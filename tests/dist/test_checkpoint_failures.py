@@ -77,6 +77,7 @@ def save_with_fault(layout: Layout, directory: str, call: str, number: int, code
         return {"error": error, "left": left, "found": str(made.find("auto")), "events": events}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("call", "number", "code", "rank"),
     [
@@ -193,6 +194,7 @@ def find_and_restore(directory: str, layout: Layout, resume: str = "auto") -> di
         }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("call", "number", "rank", "survives"),
     [

@@ -50,6 +50,7 @@ def resume(directory: str, layout: Layout) -> dict[str, Any]:
         return {"step": restored.meta["step"], "state": logical_state(engine), "left": left}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("point", "rank"), [(point, rank) for point in POINTS for rank in range(1 if point in FIRST_ONLY else 2)]
 )

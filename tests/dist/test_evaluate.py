@@ -19,6 +19,7 @@ def evaluate(tmp_path, overrides, world_size):
     return results[0]["evaluation"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("samples", [1, 7, 1000])
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_the_layout_does_not_matter(tmp_path, samples, pack):

@@ -96,6 +96,7 @@ def convert_by_deepspeed(directory: Path) -> Path:
     return out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("source", "target", "tied"),
     [(Z1, Z3, True), (Z2_CPU, Z1_DP1, False), (Z3, Z1, False), (Z3_SMALL, Z3_DP4, True), (Z1_BF16, Z3_BF16, False)],
@@ -117,6 +118,7 @@ def test_a_plain_deepspeed_checkpoint_comes_in(tmp_path: Path, source: Layout, t
     assert after["losses"] == pytest.approx(before["losses"], rel=tolerance)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", [BF16_OPTIMIZER, Layout(2, 1, optimizer="lion"), Layout(2, 3, optimizer="sgd")], ids=str)
 def test_other_optimizers_of_deepspeed_come_in(tmp_path: Path, layout: Layout) -> None:
     before = run_ranks(save_both, layout.dp, layout=layout, directory=str(tmp_path))[0]
@@ -139,6 +141,7 @@ def test_a_universal_folder_comes_in(tmp_path: Path, source: Layout, target: Lay
     assert after["losses"] == pytest.approx(before["losses"], rel=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("source", "target", "tied"),
     [(Z1, Z3, True), (Z1, Z1_DP1, False), (Z3_SMALL, Z2_CPU, False), (Z3, Z3_DP4, True)],
@@ -206,6 +209,7 @@ def start(layout: Layout, path: str | None) -> dict[str, Any]:
         return {"model": model_digest(engine), "losses": train(engine, 0, 3), "state": logical_state(engine), "notes": notes}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [Layout(1, 0), Z2_CPU, Z3_SMALL, Layout(2, 1, optimizer="lion")], ids=str)
 def test_weights_alone_come_in_and_the_optimizer_starts_fresh(tmp_path: Path, layout: Layout) -> None:
     model = tiny_llama(tied=True)

@@ -88,6 +88,7 @@ def test_every_gradient_is_that_of_the_whole_model(family: str) -> None:
     assert all(rank["numel"] < 0.8 for rank in found) or family == "mixtral"  # experts stay whole
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

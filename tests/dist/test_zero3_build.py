@@ -90,6 +90,7 @@ def _losses(family: str, stage: int, dtype: str = "fp32") -> tuple[list[float], 
     return losses, num_params, rotary
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weights_are_bit_equal_for_every_rank_count_and_stage(family: str) -> None:
     reference = run_ranks(_digests, 1, family=family, stage=0)[0]
@@ -100,6 +101,7 @@ def test_weights_are_bit_equal_for_every_rank_count_and_stage(family: str) -> No
                 assert digests == reference, (world_size, stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_a_model_partitioned_while_built_trains_as_zero_1(family: str) -> None:
     reference, num_params, _ = run_ranks(_losses, 2, family=family, stage=1)[0]

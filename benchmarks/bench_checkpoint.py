@@ -3,10 +3,11 @@
     python benchmarks/bench_checkpoint.py [--size SIZE] [--rounds N] [--steps N] [--only METHOD ...] [--folder DIR]
 
 One process trains in fp32 at ZeRO 1. In every round each method saves the same tensors once and training goes on for some
-steps, methods in turns, with steps without a save between them. "stall" is how long the call that saves holds training up;
-"added" is how much longer the call and the steps after it took than as many steps without a save; "durable" is the time from
-the call until the checkpoint is complete and synced (torch DCP does not sync its metadata: its figure is flattered); "CPU"
-is processor time of the process beyond that of the steps, and "thread" that of the training thread in the call. With
+steps, methods in turns, each after as many steps without a save. "stall" is how long the call that saves holds training up;
+"added" is how much longer the call and the steps after it took than the steps without a save just before; "durable" is the
+time from the call until the checkpoint is complete and synced (torch DCP does not sync its metadata: its figure is
+flattered); "CPU" is processor time of the process beyond that of the steps, "thread" that of the training thread in the
+call, and "host memory" what the process takes at most beyond what it had (ours with the staging memory that it keeps). With
 "ds_to_universal" DeepSpeed's checkpoint is converted by a process of its own after the steps; "durable" is the call and the
 conversion (neither syncs: flattered). Afterwards each checkpoint is restored, its pages dropped from the cache before, beside
 `dd` of the same bytes. Medians with quartiles over the rounds. Exit code 1 when a target is missed.
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,6 +183,29 @@ RESTORES = {
 }
 
 
+class Peak:
+    """How far the memory of this process rises above what it is now."""
+
+    def __init__(self) -> None:
+        self._before, self._highest = _resident_bytes(), 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.02):
+            self._highest = max(self._highest, _resident_bytes())
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self._thread.join()
+        return max(0, self._highest - self._before)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 class Turns(Callback):
     """Takes over after the first steps of a `fit`, and measures."""
 
@@ -204,10 +229,11 @@ class Turns(Callback):
             floors = {"memcpy": self._memcpy(state), "disk": self._disk()}
             names = self.methods
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                for method in ("nothing", name):
-                    figures = self._measure(state, METHODS.get(method, nothing))
-                    if number >= 0:
-                        self.results[method].append(figures)
+                plain = self._measure(state, nothing)
+                figures = self._measure(state, METHODS[name]) | {"plain": plain["wall"]}
+                if number >= 0:
+                    self.results["nothing"].append(plain)
+                    self.results[name].append(figures)
             for name, seconds in floors.items():
                 if number >= 0:
                     self.floors[name].append(seconds)
@@ -234,6 +260,7 @@ class Turns(Callback):
 
     def _measure(self, state: State, method: Callable[[State], Wait]) -> dict[str, float]:
         gc.collect()
+        peak = Peak()
         cpu, thread, started = time.process_time(), time.thread_time(), time.perf_counter()
         wait = method(state)
         stall, thread = time.perf_counter() - started, time.thread_time() - thread
@@ -250,7 +277,9 @@ class Turns(Callback):
             durable = next(event["seconds"] for event in map(json.loads, reversed(events)) if event["event"] == "commit")
         for path in (*self.folder.glob("*dcp*"), *self.folder.glob("deepspeed")):
             shutil.rmtree(path)
-        return {"stall": stall + guard, "begin": stall, "thread": thread, "wall": wall, "durable": durable, "cpu": cpu}
+        memory = peak.stop() + (state.manager()._saver._pool.num_bytes if method in (ours, ours_waiting) else 0)
+        times = {"stall": stall + guard, "begin": stall, "thread": thread, "wall": wall, "durable": durable, "cpu": cpu}
+        return times | {"memory": memory}
 
     def _memcpy(self, state: State) -> float:
         """Copying the same bytes, by one thread, to as much memory whose pages are there."""
@@ -309,6 +338,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="saves by each method (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="steps after each save (default: 5)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--plot", type=Path, help="draw stall and time to durable into this PNG")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 2:
@@ -324,6 +354,8 @@ def main() -> int:
             sys.exit(f"it failed with exit code {done.returncode}; what it said is above")
         results, floors, num_bytes, restores = json.loads((Path(folder) / "times.json").read_text())
     met = [judge(results, floors, num_bytes, args.steps), judge_restores(restores)]
+    if args.plot is not None:
+        draw(results, num_bytes, args.plot)
     repeat_with()
     return 0 if all(met) else 1
 
@@ -337,7 +369,7 @@ def judge(results: dict[str, Any], floors: dict[str, list[float]], num_bytes: in
     print(f"  memcpy {spread(floors['memcpy'])} s; dd direct {spread(floors['disk'])} s, {num_bytes / disk / 1e9:.2f} GB/s")
     added = {}
     for name in (name for name in results if name != "nothing"):
-        extra = [figures["wall"] - plain["wall"] for figures in results[name]]
+        extra = [figures["wall"] - figures["plain"] for figures in results[name]]
         added[name] = statistics.median(extra)
         durable = statistics.median(figures["durable"] for figures in results[name])
         print(f"  {name}:")
@@ -348,7 +380,8 @@ def judge(results: dict[str, Any], floors: dict[str, list[float]], num_bytes: in
         print(
             f"    durable {spread([figures['durable'] for figures in results[name]])} s, {num_bytes / durable / 1e9:.2f} GB/s"
         )
-        print(f"    CPU {spread([figures['cpu'] - plain['cpu'] for figures in results[name]])} s")
+        print(f"    CPU {spread([figures['cpu'] - plain['cpu'] for figures in results[name]])} s", end="")
+        print(f"; host memory {statistics.median(figures['memory'] for figures in results[name]) / num_bytes:.2f} x the state")
     if "anyshard async" not in results:
         return True
     mine = results["anyshard async"]
@@ -378,6 +411,34 @@ def judge_restores(restores: dict[str, list[tuple[float, int]]]) -> bool:
         return True
     mine, disk = (statistics.median(each[0] for each in restores[name]) for name in ("anyshard", "dd"))
     return verdict("  verified restore, of the time of dd", mine / disk, 1 / MIN_OF_READ, unit="x")
+
+
+def draw(results: dict[str, Any], num_bytes: int, path: Path) -> None:
+    """One bar for how long training stands still, one for how long until the checkpoint is safe, per method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in results if name != "nothing"][::-1]
+    figure = Figure(figsize=(8, 0.62 * len(names) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, color, shift in (
+        ("durable", "until the checkpoint is safe on the disk", "#c7d3e3", -0.19),
+        ("stall", "training stands still", "#c8553d", 0.19),
+    ):
+        seconds = [statistics.median(figures[key] for figures in results[name]) for name in names]
+        bars = axes.barh([place + shift for place in range(len(names))], seconds, height=0.36, color=color, label=label)
+        axes.bar_label(
+            bars, [f"{each * 1e3:.3g} ms" if each < 1 else f"{each:.3g} s" for each in seconds], padding=4, fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.18)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("seconds, logarithmic")
+    axes.set_title(f"One checkpoint of {num_bytes / 1e9:.2f} GB", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, reverse=True)
+    figure.savefig(path, dpi=150)
 
 
 def worker(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from anyshard.configs import deepspeed_keys, registry
 from anyshard.configs.batch import batch_problem
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.keys import all_keys, flatten
+from anyshard.configs.rules_pipeline import pipeline_rules
 from anyshard.configs.schema import Config, Device, Dtype, Init
 from anyshard.configs.world import dp_size, model_parallel_size, world_size
 
@@ -134,7 +135,7 @@ def _run_name(config: Config) -> Iterator[Problem]:
 
 
 def _available(config: Config) -> Iterator[Problem]:
-    for axis, kind in (("pp", "pipeline"), ("sp", "sequence")):
+    for axis, kind in (("sp", "sequence"),):
         degree = getattr(config.parallel, axis)
         if degree > 1:
             fix = f"Set parallel.{axis}=1; parallel.tp splits the layers, and zero=z1, z2 or z3 shards over parallel.dp."
@@ -378,6 +379,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _names,
     _run_name,
     _available,
+    pipeline_rules,
     _order,
     _world,
     _min_nodes,

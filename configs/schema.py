@@ -20,6 +20,7 @@ from anyshard.configs.schema_launch import Runner as Runner
 from anyshard.configs.schema_launch import Slurm as Slurm
 from anyshard.configs.schema_launch import Starter as Starter
 from anyshard.configs.schema_launch import Torchrun as Torchrun
+from anyshard.configs.schema_layout import Balance as Balance
 from anyshard.configs.schema_layout import Device as Device
 from anyshard.configs.schema_layout import Dtype as Dtype
 from anyshard.configs.schema_layout import Offload as Offload

@@ -15,6 +15,11 @@ class Device(Enum):
     nvme = "nvme"
 
 
+class Balance(Enum):
+    parameters = "parameters"
+    layers = "layers"
+
+
 class Dtype(Enum):
     bf16 = "bf16"
     fp16 = "fp16"
@@ -55,6 +60,14 @@ class Parallel:
         ["tp", "sp", "pp", "dp"],
         "Axes in the order in which ranks are numbered: those of the first are neighbours.",
         why="tp communicates most, so its ranks share a node; dp least",
+    )
+    pp_balance: Balance = key(
+        Balance.parameters,
+        "What stages of a pipeline share out evenly: parameters or layers.",
+        why="parameters: of the heaviest stage, embedding and head included, are fewest",
+    )
+    pp_layers: Optional[list[int]] = key(
+        None, "Decoder layers of each stage, by hand.", why="null: by parallel.pp_balance", unit="layers"
     )
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
 from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory, staging_bytes
 from anyshard.parallel.split import split_problems
+from anyshard.parallel.stages import Stages, division_of, plan_stages, stage_problems
 from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.checkpoint import ram
@@ -52,6 +53,7 @@ class Plan:
         memory: bytes of one rank by kind.
         device_limit_bytes, host_limit_bytes: memory of one device, and one rank's share of its node's memory.
         flops_per_token: of a forward and backward pass.
+        stages: of the pipeline; None without one.
     """
 
     config: schema.Config
@@ -62,6 +64,7 @@ class Plan:
     device_limit_bytes: float
     host_limit_bytes: float
     flops_per_token: float
+    stages: Stages | None = None
 
     @property
     def fits(self) -> bool:
@@ -78,6 +81,7 @@ class Plan:
                 {"name": param.name, "shape": list(param.shape), "trainable": param.trainable} for param in self.table.params
             ],
             "splits": self._splits(),
+            "stages": self._stages(),
             "batch": asdict(self.batch),
             "memory_bytes_per_rank": self.memory.to_dict(),
             "device_limit_bytes": self.device_limit_bytes,
@@ -122,6 +126,8 @@ class Plan:
             ),
             ("checkpoint", f"{self.table.num_params * (4 + _state_bytes(config)) / GIB:.2f} GiB each"),
         ]
+        if self.stages is not None:
+            rows.insert(2, ("stages", describe_stages(self.stages, batch.accumulation_steps)))
         for row in rows:
             table.add_row(*row)
         return table
@@ -157,6 +163,14 @@ class Plan:
         tp = self.config.parallel.tp
         return {param.name: local_shapes(param, tp) for param in self.table.params} if tp > 1 else {}
 
+    def _stages(self) -> list[dict[str, Any]]:
+        """Decoder layers and elements of each stage; empty without a pipeline."""
+        if self.stages is None:
+            return []
+        layers = [self.stages.layers(stage) for stage in range(self.stages.num_stages)]
+        sizes = self.stages.sizes
+        return [{"layers": [run.start, run.stop], "num_params": size} for run, size in zip(layers, sizes, strict=True)]
+
     def _parameters(self) -> Table:
         """Every parameter, and how it is split over tensor-parallel ranks; layers that are alike in one row."""
         tp = self.config.parallel.tp
@@ -174,6 +188,19 @@ class Plan:
         for (name, *cells), count in alike.items():
             table.add_row(name if count == 1 else f"{name} ({count}x)", *cells)
         return table
+
+
+def describe_stages(stages: Stages, accumulation_steps: int) -> str:
+    """The stages for people, a line each, and for how much of a step they wait for each other."""
+    lines = []
+    for stage, size in enumerate(stages.sizes):
+        run = stages.layers(stage)
+        numbers = f"layer {run.start}" if len(run) == 1 else f"layers {run.start} to {run.stop - 1}"
+        ends = [word for word, there in (("embedding", stage == 0), ("head", stage == stages.num_stages - 1)) if there]
+        lines.append(f"{stage}: {', '.join([numbers, *ends])}, {size:,} parameters")
+    idle = (stages.num_stages - 1) / (accumulation_steps + stages.num_stages - 1)
+    lines.append(f"idle {100 * idle:.0f} % of a step, with {accumulation_steps} micro-batches")
+    return "\n".join(lines)
 
 
 def by(shape: Sequence[int]) -> str:
@@ -223,7 +250,9 @@ def plan(config: schema.Config) -> Plan:
     table = param_table(config)
     ids = tokenizer_ids(config.data.tokenizer)
     problems = list(rules.check_dimensions(config, table.max_positions, table.vocab_size or None, ids))
-    tp = config.parallel.tp
+    parallel, tp = config.parallel, config.parallel.tp
+    names = [param.name for param in table.params]
+    problems += stage_problems(parallel, names, table.num_layers, str(config.model.name), table.model_type)
     splits = [(param.name, param.split) for param in table.params if param.split is not None]
     problems += split_problems(table.unsplittable, splits, tp, str(config.model.name))
     if problems:
@@ -231,13 +260,11 @@ def plan(config: schema.Config) -> Plan:
     dp = dp_size(config)
     assert dp is not None, "rules.require accepted a world that cannot be divided"
     batch = plan_batch(config.train, dp)
-    shape = ModelShape(
-        num_params=sum(param.local_numel(tp) for param in table.params if param.trainable),
-        num_layers=table.num_layers,
-        hidden_size=table.hidden_size,
-        intermediate_size=table.intermediate_size * max(1, table.experts_per_token),
-        vocab_size=table.vocab_size,
-    )
+    division = division_of(table.model_type) if parallel.pp > 1 else None
+    stages = None
+    if division is not None:
+        sizes = [(param.name, param.numel) for param in table.params]
+        stages = plan_stages(division, sizes, dict(table.tied), parallel, table.num_layers)
     layout = Layout(
         dp=dp,
         stage=config.zero.stage,
@@ -248,13 +275,17 @@ def plan(config: schema.Config) -> Plan:
         tp=tp,
     )
     recompute = config.train.activation_checkpointing
-    memory = plan_memory(
-        shape,
-        layout,
-        micro_batch_size=batch.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        recompute=recompute,
-    )
+    memories = [
+        plan_memory(
+            shape,
+            layout,
+            micro_batch_size=batch.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            recompute=recompute,
+        )
+        for shape in _shapes(table, tp, stages, batch.accumulation_steps)
+    ]
+    memory = max(memories, key=lambda each: each.device_bytes)
     device_limit, host_limit = _limits(config)
     world = mesh_of(config).world_size
     memory = _with_checkpoints(memory, config, table.num_params * (4 + _state_bytes(config)), world, host_limit)
@@ -267,7 +298,27 @@ def plan(config: schema.Config) -> Plan:
         device_limit_bytes=device_limit,
         host_limit_bytes=host_limit,
         flops_per_token=flops_per_token(table, config.data.sequence_length, recompute=recompute),
+        stages=stages,
     )
+
+
+def _shapes(table: ParamTable, tp: int, stages: Stages | None, accumulation_steps: int) -> Iterator[ModelShape]:
+    """What one rank of each stage computes with; of the whole model where there is one stage."""
+    for stage in range(1 if stages is None else stages.num_stages):
+        here, num_layers, is_last = list(table.params), table.num_layers, True
+        if stages is not None:
+            is_last = stage == stages.num_stages - 1
+            copied = stages.division.shared(dict(table.tied)) if is_last else frozenset()
+            here = [param for param in table.params if stages.stage_of(param.name) == stage or param.name in copied]
+            # a stage has as many micro-batches under way as there are stages from it on
+            num_layers = len(stages.layers(stage)) * min(stages.num_stages - stage, accumulation_steps)
+        yield ModelShape(
+            num_params=sum(param.local_numel(tp) for param in here if param.trainable),
+            num_layers=num_layers,
+            hidden_size=table.hidden_size,
+            intermediate_size=table.intermediate_size * max(1, table.experts_per_token),
+            vocab_size=table.vocab_size if is_last else 0,
+        )
 
 
 def _with_checkpoints(

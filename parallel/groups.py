@@ -17,6 +17,8 @@ class Groups:
         tp: the ranks that share this rank's data and split its tensors; None when alone.
         dp: the ranks that hold the same part of the model; None for all ranks.
         tp_parts: groups of neighbours inside `tp`, by their tp ranks: those that this rank is in.
+        pp: the ranks that hold the stages of one pipeline, in order; None where there is one stage.
+        pp_ends: the first and the last of them, on those two only.
     """
 
     mesh: Mesh
@@ -24,6 +26,8 @@ class Groups:
     tp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
     tp_parts: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    pp: dist.ProcessGroup | None = None
+    pp_ends: dist.ProcessGroup | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -35,16 +39,26 @@ class Groups:
         """Position among the ranks that split the data."""
         return self.mesh.coordinates(self.rank)["dp"]
 
+    @property
+    def pp_rank(self) -> int:
+        """The stage of the pipeline."""
+        return self.mesh.coordinates(self.rank)["pp"]
+
+    @property
+    def stream(self) -> tuple[int, ...]:
+        """What random numbers of training depend on: ranks that compute the same draw the same."""
+        return (self.dp_rank,) if self.mesh.pp == 1 else (self.dp_rank, self.pp_rank)
+
     def subgroup(self, tp_ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """The group of these ranks of `tp`."""
         return self.tp_parts[tp_ranks]
 
     def mpu(self) -> Mpu | None:
-        """What `deepspeed.initialize` takes for its `mpu`; None for data parallelism alone.
+        """What `deepspeed.initialize` takes for its `mpu`; None for data parallelism alone, and for a pipeline.
 
         Without it DeepSpeed's batch arithmetic counts every rank as data-parallel (deepspeed 0.19.8 runtime/config.py:471).
         """
-        return Mpu(self) if self.tp is not None else None
+        return Mpu(self) if self.tp is not None and self.pp is None else None
 
 
 def create_groups(mesh: Mesh, rank: int) -> Groups:
@@ -52,14 +66,17 @@ def create_groups(mesh: Mesh, rank: int) -> Groups:
 
     Collective: every rank calls it with the same mesh; it blocks.
     """
-    if mesh.tp == 1:
+    if mesh.tp == 1 and mesh.pp == 1:
         return Groups(mesh, rank)
-    mine = {}
-    for axis in ("tp", "dp"):
-        for members in mesh.groups(axis):
+    mine: dict[str, dist.ProcessGroup] = {}
+    for axis in ("tp", "dp", "pp"):
+        for members in mesh.groups(axis) if axis == "dp" or getattr(mesh, axis) > 1 else ():
             group = dist.new_group(members)
             if rank in members:
                 mine[axis] = group
+    ends = _ends(mesh, rank)
+    if mesh.tp == 1:
+        return Groups(mesh, rank, dp=mine["dp"], pp=mine["pp"], pp_ends=ends)
     parts: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(mesh.tp)): mine["tp"]}
     for size in (n for n in range(2, mesh.tp) if mesh.tp % n == 0):
         for members in mesh.groups("tp"):
@@ -67,7 +84,17 @@ def create_groups(mesh: Mesh, rank: int) -> Groups:
                 group = dist.new_group(members[first : first + size])
                 if rank in members[first : first + size]:
                     parts[tuple(range(first, first + size))] = group
-    return Groups(mesh, rank, mine["tp"], mine["dp"], parts)
+    return Groups(mesh, rank, mine["tp"], mine["dp"], parts, mine.get("pp"), ends)
+
+
+def _ends(mesh: Mesh, rank: int) -> dist.ProcessGroup | None:
+    """The group of the first and the last stage of this rank's pipeline; None on the others. Collective."""
+    found = None
+    for members in mesh.groups("pp") if mesh.pp > 1 else ():
+        group = dist.new_group([members[0], members[-1]])
+        if rank in (members[0], members[-1]):
+            found = group
+    return found
 
 
 class Mpu:

@@ -166,6 +166,13 @@ class Sharder:
         cut = [param.data[tuple(slice(start, stop) for start, stop in box)].clone() for box in boxes]
         return [(data, Part(name, shape, box, held)) for data, box, held in zip(cut, boxes, holders, strict=True)]
 
+    def restrict(self) -> None:
+        """Forget the layers that the model has no longer: other stages of a pipeline have them."""
+        held = {name.rpartition(".")[0] for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        modules = dict(self._model.named_modules())
+        self.plan.layers = {name: layer for name, layer in self.plan.layers.items() if name in held}
+        self.plan.divide = {name: counted for name, counted in self.plan.divide.items() if name in modules}
+
     def finish(self) -> None:
         """Put in the layers that compute with the parts. Every parameter must have been placed."""
         set_autotp_mode(training=True)

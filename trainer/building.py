@@ -1,4 +1,4 @@
-"""Models as a run wants them: in its type, split over its tensor-parallel ranks, partitioned under ZeRO-3."""
+"""Models as a run wants them: in its type, divided into stages, split over tensor-parallel ranks, partitioned under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -34,11 +34,44 @@ def model_builder(
             return made
         return _split(build(config, device=device, dtype=dtype, partition=None, say=say), config, groups, partition())
 
+    if groups.pp is not None:
+        return lambda: _stage(config, device, dtype, groups, say)
     return whole if groups.tp is None else in_parts
 
 
+def _stage(
+    config: schema.Config, device: torch.device, dtype: torch.dtype, groups: Groups, say: Callable[[str], None]
+) -> torch.nn.Module:
+    """This rank's stage of the model of `config`. Collective: every rank calls it."""
+    if config.model.builder == "hf":
+        from anyshard.trainer.models.hf import build_stage
+
+        return build_stage(config, device=device, dtype=dtype, groups=groups, say=say)
+    build = lookup("model", config.model.builder, key="model.builder")
+    return stage_of(build(config, device=device, dtype=dtype, partition=None, say=say), config, groups)
+
+
+def stage_of(module: torch.nn.Module, config: schema.Config, groups: Groups) -> torch.nn.Module:
+    """This rank's stage of a finished model, split over its tensor-parallel ranks. Collective: every rank calls it."""
+    from anyshard.parallel.pipeline import Pipeline, divide, keep_stage
+
+    stages = divide(module, config.parallel, config.model.name)
+    sharder = None
+    if groups.tp is not None:
+        from anyshard.parallel.tensor import Sharder
+
+        sharder = Sharder(module, groups, config.model.name)
+    whole = keep_stage(module, stages, groups.pp_rank)
+    if sharder is not None:
+        sharder.restrict()
+        sharder.shard_all()
+    return Pipeline(module, stages, whole, groups)
+
+
 def _split(module: torch.nn.Module, config: schema.Config, groups: Groups, partition: Any) -> torch.nn.Module:
-    """A finished model, split over the ranks: by tensor parallelism, and under ZeRO-3 partitioned."""
+    """A finished model, split over the ranks: by pipeline and tensor parallelism, and under ZeRO-3 partitioned."""
+    if groups.pp is not None:
+        return stage_of(module, config, groups)
     if groups.tp is not None:
         from anyshard.parallel.tensor import Sharder
 

@@ -55,6 +55,9 @@ def _base(config: Config, batch: BatchPlan) -> dict[str, Any]:
             "hysteresis": config.precision.hysteresis,
             "min_loss_scale": int(config.precision.min_scale),
         }
+    if config.parallel.pp > 1:
+        # whole activations and gradients go between stages: partitioned over tp they are gathered again on arrival
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.precision.dtype is Dtype.bf16:
         # a step whose gradients are not finite is skipped, as in fp16, and does not destroy the weights
         result["bf16"]["check_grad_overflow"] = True
@@ -68,7 +71,8 @@ def _zero(config: Config) -> dict[str, Any]:
     if stage == 0:
         return block
     block |= {
-        "overlap_comm": zero.overlap_comm,
+        # the pipeline engine reduces once, after the last backward pass (runtime/pipe/engine.py:287)
+        "overlap_comm": zero.overlap_comm and config.parallel.pp == 1,
         "contiguous_gradients": zero.contiguous_gradients,
         "reduce_scatter": True,
         "reduce_bucket_size": zero.reduce_bucket_size,

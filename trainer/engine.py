@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,71 @@ class Engine:
         loss = loss_fn(self.ds, batch)
         self.ds.backward(loss if scale is None else loss * scale)
         return loss.detach()
+
+    def train_step(
+        self,
+        loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
+        batches: Sequence[Batch],
+        scales: Sequence[Any] | torch.Tensor,
+        *,
+        logged: bool,
+        beat: Callable[[], None],
+    ) -> tuple[list[torch.Tensor], torch.Tensor | float | None]:
+        """One optimizer step over the micro-batches of this rank.
+
+        Args:
+            scales: a factor on the gradient of each, or None.
+            logged: whether losses and norm are wanted.
+            beat: called when a micro-step has ended.
+
+        Returns:
+            Losses whose mean over them and over all ranks is the loss of the step, and the gradient norm before clipping
+            where only the engine's gradients tell it. Both are empty where not logged.
+
+        Collective: every rank calls it with equally many micro-batches; it blocks.
+        """
+        losses: list[torch.Tensor] = []
+        norm: torch.Tensor | float | None = None
+        for number, batch in enumerate(batches):
+            loss = self.train_micro_step(loss_fn, batch, scales[number])
+            if logged:
+                losses.append(loss if scales[number] is None else loss * scales[number])
+            if logged and number == len(batches) - 1:
+                norm = self.local_grad_norm()
+            self.finish_micro_step()
+            beat()
+        return losses, norm
+
+    def measure(
+        self, batches: Sequence[Batch], numbers: Callable[[Any, Batch], dict[str, torch.Tensor]], beat: Callable[[], None]
+    ) -> list[dict[str, torch.Tensor]]:
+        """What `numbers(model, batch)` gives for each batch, without gradients.
+
+        Collective: every rank calls it with equally many batches, all of one shape; it blocks.
+        """
+        found = []
+        self.ds.eval()
+        with torch.no_grad():
+            for batch in batches:
+                found.append(numbers(self.ds, batch))
+                beat()
+        self.ds.train()
+        return found
+
+    def agree(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Numbers that some ranks have, on all ranks. Collective."""
+        return numbers
+
+    def next_logits(self, ids_S: torch.Tensor) -> torch.Tensor:
+        """Logits of the token after a sequence, in float32 on the CPU.
+
+        Shape: [S] -> [V]. Collective: every rank calls it; it blocks.
+        """
+        self.ds.eval()
+        with torch.no_grad():
+            logits_V: torch.Tensor = self.ds(input_ids=ids_S[None], use_cache=False).logits[0, -1].float().cpu()
+        self.ds.train()
+        return logits_V
 
     def finish_micro_step(self) -> None:
         """Let DeepSpeed count the micro-step; at the last one of a global batch it clips and steps the optimizer."""
@@ -126,6 +191,10 @@ def build_engine(
     ds_engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=groups.mpu()
     )
+    if groups.pp is not None:
+        from anyshard.trainer.pipeline_engine import PipelinedEngine
+
+        return PipelinedEngine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups)
     return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups)
 
 

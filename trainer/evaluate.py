@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from anyshard.parallel.groups import Groups
-from anyshard.trainer.engine import sum_over_data
-from anyshard.trainer.task import Task
+from anyshard.trainer.engine import Engine, sum_over_data
+from anyshard.trainer.task import Batch, Task
+
+_AT_ONCE = 16
+"""Batches of an evaluation that are made before they are run."""
 
 
 def spread(count: int, length: int) -> list[int]:
@@ -20,13 +22,12 @@ def spread(count: int, length: int) -> list[int]:
 
 
 def evaluate(
-    model: Any,
+    engine: Engine,
     task: Task,
     *,
     samples: int,
     micro_batch_size: int,
     device: torch.device,
-    groups: Groups,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Loss (and what `task.predict` reports) averaged over `samples` validation samples.
@@ -39,32 +40,43 @@ def evaluate(
 
     Collective: every rank calls it; it blocks.
     """
+    groups = engine.groups
     dp_rank, dp = groups.dp_rank, groups.mesh.dp
     data = task.validation_data
     chosen = spread(samples, len(data))
     mine = chosen[dp_rank::dp]
     rounds = math.ceil(math.ceil(len(chosen) / dp) / micro_batch_size)
+
+    def batch_of(number: int) -> tuple[Batch, torch.Tensor]:
+        indices = mine[number * micro_batch_size : (number + 1) * micro_batch_size]
+        batch = {name: value.to(device) for name, value in task.collate([data[i] for i in indices or [0]]).items()}
+        targets = task.num_targets(batch) if task.num_targets is not None else torch.tensor(len(indices))
+        return batch, targets.double().cpu() if indices else torch.zeros((), dtype=torch.float64)
+
+    def numbers_of(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        numbers = {"loss": task.loss(model, batch)}
+        return numbers if task.predict is None else numbers | task.predict(model, batch)
+
     sums: dict[str, torch.Tensor] = {}
-    model.eval()
-    with torch.no_grad():
-        for number in range(rounds):
-            indices = mine[number * micro_batch_size : (number + 1) * micro_batch_size]
-            batch = task.collate([data[i] for i in indices or [0]])
-            batch = {name: value.to(device) for name, value in batch.items()}
-            numbers = {"loss": task.loss(model, batch)}
-            if task.predict is not None:
-                numbers |= task.predict(model, batch)
-            targets = task.num_targets(batch) if task.num_targets is not None else torch.tensor(len(indices))
-            weight = targets.double().cpu() if indices else torch.zeros((), dtype=torch.float64)
-            for name, value in numbers.items():
+    # of all rounds but the last, which may be smaller, a few at once: the stages of a pipeline then work side by side
+    for numbers in [*_runs(rounds - 1), [rounds - 1]]:
+        batches = [batch_of(number) for number in numbers]
+        measured = engine.measure([batch for batch, _ in batches], numbers_of, on_batch)
+        for (_, weight), values in zip(batches, measured, strict=False):
+            for name, value in values.items():
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + torch.stack(
                     [value.detach().double().cpu() * weight, weight]
                 )
-            on_batch()
-    model.train()
-    names = sorted(sums)
-    totals = sum_over_data(torch.stack([sums[name] for name in names]).to(device), groups)
-    means = {name: float(total[0] / total[1]) for name, total in zip(names, totals, strict=True)}
+    means: dict[str, float] = {}
+    if sums:
+        names = sorted(sums)
+        totals = sum_over_data(torch.stack([sums[name] for name in names]).to(device), groups)
+        means = {name: float(total[0] / total[1]) for name, total in zip(names, totals, strict=True)}
+    means = engine.agree(means)
     if task.perplexity:
         means["perplexity"] = math.exp(min(means["loss"], 700.0))  # exp overflows a double above 709
     return means
+
+
+def _runs(rounds: int) -> list[list[int]]:
+    return [list(range(start, min(start + _AT_ONCE, rounds))) for start in range(0, rounds, _AT_ONCE)]

@@ -264,7 +264,7 @@ def _train(
     )
     memory = _memory_of(config, rank, reporter) if config.checkpoint.ram_every_steps else None
     # the ranks that share their data drop the same activations
-    seed_everything(config.seed, "train", engine.groups.dp_rank)
+    seed_everything(config.seed, "train", *engine.groups.stream)
     restored = restore(
         config,
         manager,
@@ -370,7 +370,7 @@ def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> s
 
 def _drawn_mesh(groups: Groups, rank: Rank) -> list[str]:
     """Which rank is where, on which host; nothing for data parallelism alone. Collective."""
-    if groups.tp is None:
+    if groups.mesh.dp == groups.mesh.world_size:
         return []
     hosts: list[str] = [""] * rank.env.world_size
     dist.all_gather_object(hosts, socket.gethostname(), group=rank.control)

@@ -72,7 +72,7 @@ def restore(
     if restored.rank_meta and meta["layout"] == here:
         load_rng_state(restored.rank_meta["rng"])
     else:
-        seed_everything(config.seed, "train", engine.groups.dp_rank, progress.step)
+        seed_everything(config.seed, "train", *engine.groups.stream, progress.step)
         notes.append("random number generators of the ranks are seeded anew from the seed and the step (another layout)")
     if data_fingerprint != meta["data_fingerprint"]:
         notes.append("the data is not the data that the checkpoint was trained on")

@@ -136,16 +136,7 @@ class Trainer:
         window.data_wait_s += time.perf_counter() - started
         lr = self.engine.set_lr(self.schedule(step))
         scales = self._scales(micro_batches)
-        losses: list[Tensor] = []
-        norm: Tensor | float | None = None
-        for number, micro_batch in enumerate(micro_batches):
-            loss = self.engine.train_micro_step(self.task.loss, micro_batch, scales[number])
-            if logged:
-                losses.append(loss if self.task.num_targets is None else loss * scales[number])
-            if logged and number == len(micro_batches) - 1:
-                norm = self.engine.local_grad_norm()
-            self.engine.finish_micro_step()
-            self._watchdog.beat()
+        losses, norm = self.engine.train_step(self.task.loss, micro_batches, scales, logged=logged, beat=self._watchdog.beat)
         self.progress.step += 1
         self.progress.evaluation = {}
         self.progress.samples += self.batch.global_batch_size
@@ -255,13 +246,12 @@ class Trainer:
         if self.task.validation_data is None or samples == 0:
             return
         numbers = evaluate(
-            self.engine.ds,
+            self.engine,
             self.task,
             samples=samples,
             micro_batch_size=self.batch.micro_batch_size,
             device=self.device,
             on_batch=self._watchdog.beat,
-            groups=self.engine.groups,
         )
         self.outcome.evaluation = self.progress.evaluation = numbers
         record = {

@@ -67,6 +67,14 @@ TENSOR = [
     (DP2_TP2_Z3, TP4_Z1),
     (TP4_Z1, DP2_TP2_Z0),
 ]
+PP2_Z0, PP2_Z1, DP2_PP2_Z1 = Layout(1, 0, pp=2), Layout(1, 1, pp=2), Layout(2, 1, pp=2)
+PP2_TP2_Z0, PP2_TP2_Z1, PP2_CPU = Layout(1, 0, pp=2, tp=2), Layout(1, 1, pp=2, tp=2), Layout(1, 1, pp=2, offload=True)
+PIPELINE = [
+    *((layout, layout) for layout in (PP2_Z0, PP2_Z1, PP2_CPU, DP2_PP2_Z1, PP2_TP2_Z0, PP2_TP2_Z1)),
+    *((source, target) for source in (Z0, Z3_DP2, TP2_Z3) for target in (PP2_Z0, PP2_Z1, DP2_PP2_Z1, PP2_TP2_Z1)),
+    *((source, target) for source in (PP2_Z0, PP2_CPU, DP2_PP2_Z1, PP2_TP2_Z0) for target in (Z0, Z1_DP2, Z3_DP2, DP2_TP2_Z3)),
+    *((gpt2(a), gpt2(b)) for a, b in ((Z0, PP2_Z1), (PP2_Z1, Z3_DP2), (PP2_TP2_Z1, PP2_Z1), (DP2_PP2_Z1, PP2_TP2_Z1))),
+]
 FUSED = [(gpt2(a), gpt2(b)) for a, b in ((Z0, TP2_Z1), (TP2_Z1, Z3_DP2), (TP2_Z3, Z0), (Z1_DP2, DP2_TP2_Z3), (TP2_Z3, TP4_Z1))]
 FP32 = [Z0, Z0_DP2, Z1_DP2, Z1_DP4, Z2_CPU, Z2_DP4, Z3_DP2, Z3_DP4, Z3_CPU, Z3_CPU_DP1]
 Z1_BF16, Z2_CPU_BF16 = bf16(Z1_DP2), bf16(Z2_CPU)
@@ -148,8 +156,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], list[d
     return save
 
 
-@pytest.mark.sampled(26)
-@pytest.mark.parametrize(("source", "target"), [*PAIRS, *TENSOR, *FUSED], ids=lambda layout: str(layout))
+@pytest.mark.sampled(28)
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, *TENSOR, *FUSED, *PIPELINE], ids=lambda layout: str(layout))
 def test_resume_on_any_layout(saved: Callable[[Layout], list[dict[str, Any]]], source: Layout, target: Layout) -> None:
     before = dict(saved(source)[0])
     ranks = run_ranks(restore_then_train, target.ranks, layout=target, path=before["path"])
@@ -186,7 +194,7 @@ def test_every_rank_sees_the_same_checkpoint(saved: Callable[[Layout], list[dict
 def test_nothing_is_stored_twice(saved: Callable[[Layout], list[dict[str, Any]]]) -> None:
     """Bytes of chunks are those of masters and states, at stage 0 too, where all ranks hold everything."""
     sizes = {}
-    for layout in (Z0, Z0_DP2, Z1_DP2, Z3_DP4, TP2_Z0, DP2_TP2_Z0, DP2_TP2_Z3, TP4_Z1):
+    for layout in (Z0, Z0_DP2, Z1_DP2, Z3_DP4, TP2_Z0, DP2_TP2_Z0, DP2_TP2_Z3, TP4_Z1, PP2_Z0, PP2_TP2_Z1):
         path = Path(saved(layout)[0]["path"])
         manifests = read_manifests(path, read_commit(path))
         sizes[layout] = sum(chunk.nbytes for manifest in manifests for chunk in manifest.chunks)

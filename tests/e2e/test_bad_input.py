@@ -79,7 +79,7 @@ def test_numbers_that_do_not_fit_each_other(tmp_path):
     said = refused(tmp_path, *SMOKE, "parallel.dp=3", "train.global_batch_size=12")
     assert "parallel.dp=3: dp * tp * pp * sp = 3 * 1 * 1 * 1 = 3, but there are 2 ranks" in said
     assert "Set parallel.dp=2 or auto, or start launch.procs_per_node=3." in said
-    assert "parallel.pp=2: " in refused(tmp_path, *SMOKE, "parallel.pp=2")
+    assert "parallel.pp=5: the model tiny has 4 layers" in refused(tmp_path, *SMOKE, "parallel.pp=5", "launch.procs_per_node=5")
 
 
 def test_a_model_too_small_for_the_data(tmp_path):

@@ -18,7 +18,7 @@ LENGTH = 12
 
 @dataclass(frozen=True)
 class Layout:
-    """How an engine is laid out; dp * tp ranks build it."""
+    """How an engine is laid out; dp * tp * pp ranks build it."""
 
     dp: int
     zero: int
@@ -29,15 +29,17 @@ class Layout:
     sub_group: int | None = None  # ZeRO-3: elements of a sub-group
     fp32_accumulation: bool = False  # at ZeRO-1 in bf16 DeepSpeed then uses another optimizer class
     tp: int = 1
+    pp: int = 1
     model: str = "llama"
 
     @property
     def ranks(self) -> int:
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     def __str__(self) -> str:
         extras = [name for name in ("offload", "offload_param", "sub_group", "fp32_accumulation") if getattr(self, name)]
-        extras += [f"tp{self.tp}"] * (self.tp > 1) + [self.model] * (self.model != "llama")
+        extras += [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp") if getattr(self, axis) > 1]
+        extras += [self.model] * (self.model != "llama")
         return "-".join([f"dp{self.dp}", f"z{self.zero}", self.optimizer, self.dtype, *extras])
 
 
@@ -96,8 +98,14 @@ def build(layout: Layout, model: nn.Module | None = None, **optimizer_options: A
     from anyshard.parallel.topology import Mesh
 
     model = model or FAMILIES[layout.model]()
-    groups_of_ranks = create_groups(Mesh(dp=layout.dp, tp=layout.tp), dist.get_rank())
-    if layout.tp > 1:
+    groups_of_ranks = create_groups(Mesh(dp=layout.dp, tp=layout.tp, pp=layout.pp), dist.get_rank())
+    if layout.pp > 1:
+        from anyshard.configs import schema
+        from anyshard.trainer.building import stage_of
+
+        config = schema.Config(parallel=schema.Parallel(tp=layout.tp, pp=layout.pp))
+        model = stage_of(model, config, groups_of_ranks)
+    elif layout.tp > 1:
         from anyshard.parallel.tensor import Sharder
 
         Sharder(model, groups_of_ranks, layout.model).shard_all()
@@ -160,12 +168,19 @@ def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
     """Steps on data that is a function of the step alone; returns the mean loss of each over the global batch."""
     losses = []
     dp, rank = dist.get_world_size(), dist.get_rank()
+    pipelined = hasattr(engine.module, "feed")
     if engine.mpu is not None:
         dp, rank = engine.mpu.get_data_parallel_world_size(), engine.mpu.get_data_parallel_rank()
     for step in range(first_step, first_step + num_steps):
         generator = torch.Generator().manual_seed(step)
         samples = torch.randint(0, VOCAB, (GLOBAL_BATCH, LENGTH), generator=generator)
         total = torch.zeros(1)
+        if pipelined:
+            mine = [samples[number * dp + rank].unsqueeze(0) for number in range(GLOBAL_BATCH // dp)]
+            batches = [{"input_ids": sample, "labels": sample} for sample in mine]
+            engine.module.feed(batches, lambda model, batch, number: model(**batch).loss)
+            losses.append(engine.train_batch(engine.module.inputs(batches)).item())
+            continue
         for number in range(GLOBAL_BATCH // dp):
             sample = samples[number * dp + rank].unsqueeze(0)
             loss = engine(input_ids=sample, labels=sample).loss

@@ -54,18 +54,14 @@ class SampleText(Callback):
     def generate(self, trainer: Trainer) -> str:
         """The prompt and its continuation; the same on every rank.
 
-        Collective: every rank calls it, since ZeRO-3 gathers parameters in each forward pass.
+        Collective: every rank calls it, since a forward pass takes all of them.
         """
-        tokenizer, model = trainer.task.tokenizer, trainer.engine.ds
+        tokenizer = trainer.task.tokenizer
         generator = torch.Generator().manual_seed(derived_seed(trainer.config.seed, "sample"))
         ids = torch.from_numpy(tokenizer.encode_batch([self.prompt])[0].astype("int64"))
-        model.eval()
-        with torch.no_grad():
-            for _ in range(self.num_tokens):
-                window = ids[-trainer.config.data.sequence_length :].to(trainer.device)
-                logits_V = model(input_ids=window[None], use_cache=False).logits[0, -1].float().cpu()
-                ids = torch.cat([ids, self._pick(logits_V[: tokenizer.vocab_size], generator)])
-        model.train()
+        for _ in range(self.num_tokens):
+            logits_V = trainer.engine.next_logits(ids[-trainer.config.data.sequence_length :].to(trainer.device))
+            ids = torch.cat([ids, self._pick(logits_V[: tokenizer.vocab_size], generator)])
         return str(tokenizer.decode(ids.numpy()))
 
     def _pick(self, logits_V: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

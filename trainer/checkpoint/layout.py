@@ -35,6 +35,7 @@ from torch import nn
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.parallel.part import part_of
+from anyshard.parallel.whole import whole_of
 from anyshard.trainer.checkpoint.boxes import Box, full_box
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Tensor
 
@@ -127,7 +128,10 @@ def parameters(module: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Other name -> canonical name of parameters that a model uses more than once."""
+    """Other name -> canonical name of parameters that a model uses more than once; of a pipeline stage, in the whole model."""
+    whole = whole_of(module)
+    if whole is not None:
+        return dict(whole.tied)
     first: dict[int, str] = {}
     every = module.named_parameters(remove_duplicate=False)
     return {name: known for name, param in every if (known := first.setdefault(id(param), name)) != name}
@@ -150,7 +154,11 @@ def buffer_places(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def global_tensors(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(name, state key) -> global shape of everything that a checkpoint of this model must hold."""
+    """(name, state key) -> global shape of everything that a checkpoint of this model must hold, other stages included."""
+    whole = whole_of(module)
+    if whole is not None:
+        stored = {(name, PARAM): shape for name, shape in whole.params.items() if math.prod(shape)}
+        return stored | {(name, BUFFER): shape for name, shape in whole.buffers.items()}
     shapes = {(name, PARAM): shape_of(param) for param, name in parameters(module).items()}
     return shapes | {(name, BUFFER): tuple(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
@@ -268,8 +276,18 @@ def buffer_fragment(name: str, buffer: torch.Tensor) -> Fragment:
     return Fragment(Tensor(name, BUFFER, dtype_name(buffer.dtype), shape), 0, view_of(slot, buffer), False)
 
 
+def written_buffers(engine: Any, rank: int) -> list[tuple[str, nn.Module, str]]:
+    """Name, module and key of the persistent buffers that this rank writes: the first rank of each stage writes its stage's."""
+    whole = whole_of(engine.module)
+    if whole is None:
+        return buffer_places(engine.module) if rank == 0 else []
+    if engine.mpu.get_data_parallel_rank() or engine.mpu.get_tensor_model_parallel_rank():
+        return []
+    return [place for place in buffer_places(engine.module) if place[0] not in whole.copies]
+
+
 def left_to_others(engine: Any) -> set[tuple[str, Box | None]]:
-    """(name, shard) of what this rank holds and another of its tensor-parallel group writes.
+    """(name, shard) of what this rank holds and another of its tensor-parallel group, or another stage, writes.
 
     Of the ranks that hold the same part each writes some of them, about the same number of elements.
     """
@@ -278,7 +296,11 @@ def left_to_others(engine: Any) -> set[tuple[str, Box | None]]:
     tp, rank = engine.mpu.get_tensor_model_parallel_world_size(), engine.mpu.get_tensor_model_parallel_rank()
     written: dict[int, list[int]] = {}  # number of holders -> elements that each of them writes
     left: set[tuple[str, Box | None]] = set()
+    whole = whole_of(engine.module)
     for param, name in parameters(engine.module).items():
+        if whole is not None and name in whole.copies:
+            left.add((name, _shard_of(param)))
+            continue
         part = part_of(param)
         holders = tuple(range(tp)) if part is None else part.holders
         loads = written.setdefault(len(holders), [0] * len(holders))
@@ -316,10 +338,11 @@ def describe(engine: Any) -> dict[str, Any]:
     """The layout of a live engine, for the record."""
     config = engine._config.zero_config
     tiers = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_param}
+    pp = getattr(engine, "num_stages", 1)
     return {
         "dp": engine.dp_world_size,
-        "tp": engine.mp_world_size,
-        "pp": 1,
+        "tp": engine.mp_world_size // pp,  # DeepSpeed counts the stages among the ranks that share the model
+        "pp": pp,
         "sp": 1,
         "zero": int(engine.zero_optimization_stage()),
         # the device is an enum where it was validated, and a string where it is a default

@@ -34,7 +34,7 @@ class Views:
     Attributes:
         plan: the fragments, laid out in a data file.
         owners: what the optimizer steps, and the parameters of it that this rank writes.
-        buffers: name, module and key of the persistent buffers; on rank 0 only.
+        buffers: name, module and key of the persistent buffers that this rank writes.
         tied: other name -> canonical name.
     """
 
@@ -67,7 +67,7 @@ class Views:
             optimizer,
             FilePlan.of(mine, chunk_bytes, block_bytes),
             [(owner, tuple(members)) for owner, members in owners.values()],
-            layout.buffer_places(engine.module) if rank == 0 else [],
+            layout.written_buffers(engine, rank),
             layout.tied_names(engine.module),
             _group_sizes(optimizer),
             [(flat, flat.data_ptr()) for flat in flats.values()],

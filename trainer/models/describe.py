@@ -14,6 +14,7 @@ def describe_model(module: nn.Module) -> dict[str, Any] | None:
 
     `use_cache` is left out: training turns it off, and whoever generates text wants the default.
     """
+    module = getattr(module, "hf", module)  # the model around a pipeline stage
     if not isinstance(module, PreTrainedModel):
         return None
     config = json.loads(module.config.to_json_string(use_diff=True))

@@ -56,6 +56,7 @@ class Filler:
         place: called with the names and the parameter as soon as it has its values; cuts it (tensor parallelism) and returns
             what it became.
         partition: called with the new parameters of a module after that (ZeRO-3).
+        whole: the model of which `model` is a pipeline stage, on the meta device; None where it is whole itself.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Filler:
         dtype: torch.dtype,
         partition: Partition | None,
         place: Place | None = None,
+        whole: PreTrainedModel | None = None,
     ) -> None:
         self.model = model
+        self.whole = model if whole is None else whole
         self.device, self.dtype, self.partition, self.place = device, dtype, partition, place
-        self.slots = _find_slots(model)
+        self.slots = find_slots(model)
         self._lines = {id(module): line for module, line in _lines(model)}
 
     def finish(self, slots: list[Slot]) -> None:
@@ -134,7 +137,8 @@ def _init_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor.dtype
 
 
-def _find_slots(model: PreTrainedModel) -> list[Slot]:
+def find_slots(model: PreTrainedModel) -> list[Slot]:
+    """Every parameter and buffer of a model once."""
     tied_away = set(model.all_tied_weights_keys)
     slots: dict[int, Slot] = {}
     for prefix, module in model.named_modules():

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +28,9 @@ from anyshard.parallel.groups import Groups
 from anyshard.parallel.tensor import Sharder
 from anyshard.trainer.models.fill import Filler, Partition
 from anyshard.trainer.models.pretrained import load, local_path
+
+if TYPE_CHECKING:
+    from anyshard.parallel.pipeline import Pipeline
 
 _SIZE = re.compile(r"(hidden_size|intermediate_size|vocab_size|head_dim|num_|n_)")
 # taken by PretrainedConfig beside the fields of a configuration class (transformers 5.23 configuration_utils.py:428)
@@ -83,19 +86,73 @@ def build(
     Raises:
         ConfigError: the configuration makes no model, or the checkpoint does not fit it.
     """
-    hf = hf_config(config.model, config.data)
-    pretrained = config.model.init is schema.Init.pretrained
-    model = _on_meta(hf, config.model)
+    model = _on_meta(hf_config(config.model, config.data), config.model)
+    sharder = _sharder(model, groups, config)
     if device.type != "meta":
-        sharder = Sharder(model, groups, config.model.name) if groups is not None and groups.tp is not None else None
-        place = None if sharder is None else sharder.place
-        filler = Filler(model, device=device, dtype=dtype, partition=partition, place=place)
-        if pretrained:
-            load(filler, str(config.model.path), seed=config.seed, say=say)
-        else:
-            filler.init(filler.slots, config.seed)
-        if sharder is not None:
-            sharder.finish()
+        _fill(model, config, device=device, dtype=dtype, partition=partition, sharder=sharder, say=say)
+    return _ready(model, config)
+
+
+def build_stage(
+    config: schema.Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    groups: Groups,
+    say: Callable[[str], None] = lambda _: None,
+) -> Pipeline:
+    """Build this rank's stage of the model of `config.model`; nothing of the other stages ever has memory.
+
+    Collective: every rank calls it; it blocks (the stage makes process groups).
+
+    Raises:
+        ConfigError: the configuration makes no model, the checkpoint does not fit it, or it cannot be divided into stages.
+    """
+    from anyshard.parallel.pipeline import Pipeline, divide, keep_stage
+
+    hf = hf_config(config.model, config.data)
+    model = _on_meta(hf, config.model)
+    stages = divide(model, config.parallel, config.model.name)
+    sharder = _sharder(model, groups, config)
+    whole = keep_stage(model, stages, groups.pp_rank)
+    if sharder is not None:
+        sharder.restrict()
+    reference = _on_meta(hf, config.model) if config.model.init is schema.Init.pretrained else None
+    _fill(model, config, device=device, dtype=dtype, partition=None, sharder=sharder, say=say, reference=reference)
+    return Pipeline(_ready(model, config), stages, whole, groups)
+
+
+def _sharder(model: PreTrainedModel, groups: Groups | None, config: schema.Config) -> Sharder | None:
+    return Sharder(model, groups, config.model.name) if groups is not None and groups.tp is not None else None
+
+
+def _fill(
+    model: PreTrainedModel,
+    config: schema.Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    partition: Partition | None,
+    sharder: Sharder | None,
+    say: Callable[[str], None],
+    reference: PreTrainedModel | None = None,
+) -> None:
+    """Give the model its values and its split layers.
+
+    Args:
+        reference: the whole model on the meta device, where `model` is a stage of it.
+    """
+    place = None if sharder is None else sharder.place
+    filler = Filler(model, device=device, dtype=dtype, partition=partition, place=place, whole=reference)
+    if config.model.init is schema.Init.pretrained:
+        load(filler, str(config.model.path), seed=config.seed, say=say)
+    else:
+        filler.init(filler.slots, config.seed)
+    if sharder is not None:
+        sharder.finish()
+
+
+def _ready(model: PreTrainedModel, config: schema.Config) -> PreTrainedModel:
     if config.train.activation_checkpointing:
         with _refused("train.activation_checkpointing", True):
             # transformers 5.23 renamed it, and warns of the old name

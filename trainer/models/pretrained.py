@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from anyshard.configs.errors import ConfigError, Problem
-from anyshard.trainer.models.fill import Filler, Slot
+from anyshard.trainer.models.fill import Filler, Slot, find_slots
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMED = 5  # names shown of a longer list
@@ -169,12 +169,17 @@ def tensor_files(folder: Path, path: str) -> dict[str, Path]:
 
 
 def _plan(filler: Filler, slots: dict[str, Slot], files: dict[str, Path], path: str) -> list[Group]:
-    """Which tensors of the checkpoint make which of the model, in the model's order.
+    """Which tensors of the checkpoint make which of the model, in the model's order; of a pipeline stage, which of its own.
+
+    Args:
+        slots: of the model, by name.
 
     Raises:
         ConfigError: tensors are missing or left over, by the rules of `from_pretrained`.
     """
-    model = filler.model
+    model, here = filler.whole, slots
+    if model is not filler.model:
+        slots = {name: slot for slot in find_slots(model) for name in slot.names}
     expected = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -203,8 +208,9 @@ def _plan(filler: Filler, slots: dict[str, Slot], files: dict[str, Path], path: 
         raise _misfit(path, f"lacks {_some(sorted(info.missing_keys, key=dot_natural_key))}")
     if info.unexpected_keys:
         raise _misfit(path, f"has {_some(sorted(info.unexpected_keys, key=dot_natural_key))}, which the model has not")
-    order = {id(slot): position for position, slot in enumerate(filler.slots)}
-    return sorted(groups.values(), key=lambda group: order[id(slots[group.target])])
+    order = {name: position for position, slot in enumerate(filler.slots) for name in slot.names}
+    mine = [group for group in groups.values() if any(target in here for target in group.targets)]
+    return sorted(mine, key=lambda group: order.get(group.target, 0))
 
 
 def _read(group: Group, files: dict[str, Path], filler: Filler, path: str) -> dict[str, torch.Tensor]:

@@ -36,9 +36,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tracking.name": "wandbb"}, "tracking.name", "Did you mean wandb?"),
     ({"run.name": "a/b"}, "run.name", "run.dir takes any path"),
     # what is not there yet
-    ({"parallel.pp": 2, "launch.procs_per_node": 2}, "parallel.pp", "no pipeline parallelism"),
+    ({"parallel.pp": 2, "launch.procs_per_node": 2, "zero.stage": 2}, "zero.stage", "shards optimizer states only"),
     ({"parallel.sp": 2, "launch.procs_per_node": 2}, "parallel.sp", "no sequence parallelism"),
-    ({"parallel.pp": 2, "parallel.tp": 2, "launch.procs_per_node": 4}, "parallel.pp", "no pipeline parallelism"),
+    ({"parallel.pp": 2, "parallel.sp": 2, "launch.procs_per_node": 4}, "parallel.sp", "cannot split sequences as well"),
     ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
     # ranks and batch

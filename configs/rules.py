@@ -19,6 +19,7 @@ from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.keys import all_keys, flatten
 from anyshard.configs.rules_pipeline import pipeline_rules
 from anyshard.configs.schema import Config, Device, Dtype, Init
+from anyshard.configs.sequence_rules import sequence_parallel
 from anyshard.configs.world import dp_size, model_parallel_size, world_size
 
 BYTE_VOCABULARY = 257
@@ -135,11 +136,13 @@ def _run_name(config: Config) -> Iterator[Problem]:
 
 
 def _available(config: Config) -> Iterator[Problem]:
-    for axis, kind in (("sp", "sequence"),):
-        degree = getattr(config.parallel, axis)
-        if degree > 1:
-            fix = f"Set parallel.{axis}=1; parallel.tp splits the layers, and zero=z1, z2 or z3 shards over parallel.dp."
-            yield Problem(f"parallel.{axis}", degree, f"this version has no {kind} parallelism.", fix)
+    if config.parallel.ep > 1:
+        reason = (
+            "DeepSpeed 0.19.8's AutoEP crashes with the mixtures of experts of transformers 5.23 "
+            "(module_inject/auto_ep_presets/base.py:326)."
+        )
+        fix = "Set parallel.ep=1; zero=z3 shards the experts over parallel.dp."
+        yield Problem("parallel.ep", config.parallel.ep, reason, fix)
     for kind in ("optimizer", "param"):
         if getattr(config.offload, kind) is Device.nvme:
             fix = "Use offload=cpu (optimizer state) or offload=cpu_param (parameters too)."
@@ -387,6 +390,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _precision,
     _offload,
     _hpz,
+    sequence_parallel,
     _schedule,
     _checkpoint,
     _optimizer,

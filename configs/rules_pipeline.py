@@ -23,6 +23,9 @@ def pipeline_rules(config: Config) -> Iterator[Problem]:
     if parallel.sp > 1:
         reason = f"a pipeline of parallel.pp={pp} stages cannot split sequences as well: DeepSpeed's has no axis for it."
         yield Problem("parallel.sp", parallel.sp, reason, "Set parallel.sp=1, or parallel.pp=1; parallel.tp goes with pp.")
+    if config.model.config.get("output_router_logits"):
+        reason = f"the last of parallel.pp={pp} stages does not know how the others routed their tokens."
+        yield Problem("model.config.output_router_logits", True, reason, "Set it to false, or parallel.pp=1.")
     if config.offload.optimizer is Device.nvme:
         reason = f"it needs ZeRO 3, which parallel.pp={pp} does not go with."
         yield Problem("offload.optimizer", "nvme", reason, "Use offload=cpu, or parallel.pp=1.")

@@ -48,6 +48,11 @@ class Best(Enum):
     highest = "highest"
 
 
+class CountedOver(Enum):
+    micro_batch = "micro_batch"
+    micro_step = "micro_step"
+
+
 class WandbMode(Enum):
     auto = "auto"
     online = "online"
@@ -262,6 +267,33 @@ class Train:
         False,
         "Recompute activations of each decoder layer in the backward pass.",
         why="costs one more forward pass, about a third of the step",
+    )
+    loss_tile_tokens: Optional[int] = key(
+        None,
+        "Tokens whose logits exist at once in the loss; null: those of the whole micro-batch.",
+        unit="tokens",
+        gt=0,
+        why="null: in tiles logits are computed twice; it pays for large vocabularies",
+    )
+    mlp_tile_tokens: Optional[int] = key(
+        None,
+        "Tokens that feed-forward blocks compute at once; null: all of the micro-batch.",
+        unit="tokens",
+        gt=0,
+        why="null: blocks are computed twice in tiles; it pays for long sequences only",
+    )
+    balance_experts_over: CountedOver = key(
+        CountedOver.micro_batch,
+        "Whose tokens count how often an expert is chosen, for the load-balancing loss that model.config.output_router_logits "
+        "adds: of each micro-batch, or of those that all ranks compute at once.",
+        why="micro_batch: the same under every layout; micro_step: freer experts (arXiv 2501.11873)",
+    )
+    check_data_every_steps: int = key(
+        100,
+        "Compare the data of ranks that must have the same (tp, pp, sp) every so many steps; 0: never.",
+        unit="steps",
+        ge=0,
+        why="a digest of the batch and 8 bytes from each rank: nothing at one in a hundred steps",
     )
     eval_every_steps: int = key(
         200,

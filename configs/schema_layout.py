@@ -56,6 +56,13 @@ class Parallel:
         unit="ranks",
         why="more exchanges activations in every layer; it pays for long sequences only",
     )
+    ep: int = key(
+        1,
+        "Expert-parallel degree of a mixture of experts; above 1 it is refused in this version.",
+        ge=1,
+        unit="ranks",
+        why="the only value that is not refused; ZeRO-3 shards experts as it does any weights",
+    )
     order: list[str] = key(
         ["tp", "sp", "pp", "dp"],
         "Axes in the order in which ranks are numbered: those of the first are neighbours.",

@@ -266,7 +266,7 @@ def plan(config: schema.Config) -> Plan:
         sizes = [(param.name, param.numel) for param in table.params]
         stages = plan_stages(division, sizes, dict(table.tied), parallel, table.num_layers)
     layout = Layout(
-        dp=dp,
+        dp=dp * parallel.sp,  # ZeRO shards over the ranks that share a sequence too
         stage=config.zero.stage,
         dtype=config.precision.dtype.value,
         state_bytes=_state_bytes(config),
@@ -280,8 +280,10 @@ def plan(config: schema.Config) -> Plan:
             shape,
             layout,
             micro_batch_size=batch.micro_batch_size,
-            sequence_length=config.data.sequence_length,
+            sequence_length=-(-config.data.sequence_length // parallel.sp),
             recompute=recompute,
+            loss_tile_tokens=config.train.loss_tile_tokens,
+            mlp_tile_tokens=config.train.mlp_tile_tokens,
         )
         for shape in _shapes(table, tp, stages, batch.accumulation_steps)
     ]

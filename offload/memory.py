@@ -38,6 +38,7 @@ class Layout:
     """What is divided over what.
 
     Attributes:
+        dp: ranks that ZeRO divides the state over: those that share a sequence too.
         tp: ranks that share the layers; `ModelShape.num_params` counts one rank's part already.
         state_bytes: optimizer state of one element beside its master (8 for AdamW).
         optimizer_on_host, params_on_host: offloaded to CPU memory.
@@ -128,29 +129,61 @@ def model_state_bytes(num_params: int, layout: Layout) -> tuple[float, float, fl
 
 
 def activation_bytes(
-    shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, recompute: bool, tp: int = 1
+    shape: ModelShape,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    dtype: str,
+    recompute: bool,
+    tp: int = 1,
+    mlp_tile_tokens: int | None = None,
 ) -> int:
     """Bytes of activations kept for the backward pass of one micro-batch.
 
     One layer keeps, per token: the inputs of both norms and of both blocks (4 h), q, k, v and the attention output (4 h), and
     the feed-forward inputs (3 f for a gated one). With recomputation only each layer's input, and one whole layer at a time.
-    Tensor parallelism divides what is inside the two blocks; their inputs are whole on every rank.
+    Tensor parallelism divides what is inside the two blocks; their inputs are whole on every rank. Of feed-forward blocks that
+    are computed in tiles (`train.mlp_tile_tokens`) one tile of one layer exists at a time.
     """
     tokens, size = micro_batch_size * sequence_length, BYTES[dtype]
-    inside = 4 * shape.hidden_size + 3 * shape.intermediate_size
+    tile = 0 if mlp_tile_tokens is None else min(mlp_tile_tokens, tokens) * size * 3 * shape.intermediate_size // tp
+    inside = 4 * shape.hidden_size + (3 * shape.intermediate_size if mlp_tile_tokens is None else 0)
     layer = tokens * size * (4 * shape.hidden_size + inside // tp)
     if recompute:
-        return shape.num_layers * tokens * size * shape.hidden_size + layer
-    return shape.num_layers * layer
+        return shape.num_layers * tokens * size * shape.hidden_size + layer + tile
+    return shape.num_layers * layer + tile
 
 
-def logits_bytes(shape: ModelShape, *, micro_batch_size: int, sequence_length: int, dtype: str, tp: int = 1) -> int:
-    """Bytes of the logits at the end of the forward pass: as computed, in fp32 for the loss, and its gradient."""
-    return micro_batch_size * sequence_length * -(-shape.vocab_size // tp) * (BYTES[dtype] + 4 + 4)
+def logits_bytes(
+    shape: ModelShape,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    dtype: str,
+    tp: int = 1,
+    loss_tile_tokens: int | None = None,
+) -> int:
+    """Bytes of the logits at the end of the forward pass: as computed, in fp32 for the loss, and its gradient; of one tile."""
+    tokens = micro_batch_size * sequence_length
+    tokens = tokens if loss_tile_tokens is None else min(tokens, loss_tile_tokens)
+    return tokens * -(-shape.vocab_size // tp) * (BYTES[dtype] + 4 + 4)
 
 
-def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, sequence_length: int, recompute: bool) -> Memory:
-    """Bytes of one rank by kind. Leaves out the framework's own (a CUDA context and NCCL take 1 to 2 GiB) and buckets."""
+def plan_memory(
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    recompute: bool,
+    loss_tile_tokens: int | None = None,
+    mlp_tile_tokens: int | None = None,
+) -> Memory:
+    """Bytes of one rank by kind. Leaves out the framework's own (a CUDA context and NCCL take 1 to 2 GiB) and buckets.
+
+    Args:
+        sequence_length: tokens that a rank computes of each sequence.
+    """
     weights, gradients, optimizer = model_state_bytes(shape.num_params, layout)
     return Memory(
         weights=round(weights),
@@ -163,9 +196,15 @@ def plan_memory(shape: ModelShape, layout: Layout, *, micro_batch_size: int, seq
             dtype=layout.dtype,
             recompute=recompute,
             tp=layout.tp,
+            mlp_tile_tokens=mlp_tile_tokens,
         ),
         logits=logits_bytes(
-            shape, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=layout.dtype, tp=layout.tp
+            shape,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            dtype=layout.dtype,
+            tp=layout.tp,
+            loss_tile_tokens=loss_tile_tokens,
         ),
         optimizer_on_host=layout.optimizer_on_host,
         params_on_host=layout.params_on_host,

@@ -15,7 +15,8 @@ class Groups:
 
     Attributes:
         tp: the ranks that share this rank's data and split its tensors; None when alone.
-        dp: the ranks that hold the same part of the model; None for all ranks.
+        sp: the ranks that share this rank's data and split its sequences; None when alone.
+        dp: the ranks that hold the same part of the model, along dp and sp: ZeRO shards over them; None for all ranks.
         tp_parts: groups of neighbours inside `tp`, by their tp ranks: those that this rank is in.
         pp: the ranks that hold the stages of one pipeline, in order; None where there is one stage.
         pp_ends: the first and the last of them, on those two only.
@@ -25,6 +26,7 @@ class Groups:
     rank: int
     tp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
+    sp: dist.ProcessGroup | None = None
     tp_parts: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     pp: dist.ProcessGroup | None = None
     pp_ends: dist.ProcessGroup | None = None
@@ -45,16 +47,31 @@ class Groups:
         return self.mesh.coordinates(self.rank)["pp"]
 
     @property
+    def sp_rank(self) -> int:
+        """Position among the ranks that split the sequences."""
+        return self.mesh.coordinates(self.rank)["sp"]
+
+    @property
+    def shard_rank(self) -> int:
+        """Position among the ranks over which ZeRO shards; that along dp where sequences are whole."""
+        return self.mesh.group(("dp", "sp"), self.rank).index(self.rank)
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks over which ZeRO shards, each with tokens of its own."""
+        return self.mesh.dp * self.mesh.sp
+
+    @property
     def stream(self) -> tuple[int, ...]:
         """What random numbers of training depend on: ranks that compute the same draw the same."""
-        return (self.dp_rank,) if self.mesh.pp == 1 else (self.dp_rank, self.pp_rank)
+        return (self.shard_rank,) if self.mesh.pp == 1 else (self.dp_rank, self.pp_rank)
 
     def subgroup(self, tp_ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """The group of these ranks of `tp`."""
         return self.tp_parts[tp_ranks]
 
     def mpu(self) -> Mpu | None:
-        """What `deepspeed.initialize` takes for its `mpu`; None for data parallelism alone, and for a pipeline.
+        """What `deepspeed.initialize` takes for its `mpu`; None where every rank holds the whole model, and for a pipeline.
 
         Without it DeepSpeed's batch arithmetic counts every rank as data-parallel (deepspeed 0.19.8 runtime/config.py:471).
         """
@@ -66,25 +83,23 @@ def create_groups(mesh: Mesh, rank: int) -> Groups:
 
     Collective: every rank calls it with the same mesh; it blocks.
     """
+    sp = _new_group(mesh, ("sp",), rank) if mesh.sp > 1 else None
     if mesh.tp == 1 and mesh.pp == 1:
-        return Groups(mesh, rank)
-    mine: dict[str, dist.ProcessGroup] = {}
-    for axis in ("tp", "dp", "pp"):
-        for members in mesh.groups(axis) if axis == "dp" or getattr(mesh, axis) > 1 else ():
-            group = dist.new_group(members)
-            if rank in members:
-                mine[axis] = group
+        return Groups(mesh, rank, sp=sp)
+    dp = _new_group(mesh, ("dp", "sp"), rank)
+    tp = _new_group(mesh, ("tp",), rank) if mesh.tp > 1 else None
+    pp = _new_group(mesh, ("pp",), rank) if mesh.pp > 1 else None
     ends = _ends(mesh, rank)
-    if mesh.tp == 1:
-        return Groups(mesh, rank, dp=mine["dp"], pp=mine["pp"], pp_ends=ends)
-    parts: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(mesh.tp)): mine["tp"]}
+    if tp is None:
+        return Groups(mesh, rank, dp=dp, sp=sp, pp=pp, pp_ends=ends)
+    parts: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(mesh.tp)): tp}
     for size in (n for n in range(2, mesh.tp) if mesh.tp % n == 0):
         for members in mesh.groups("tp"):
             for first in range(0, mesh.tp, size):
                 group = dist.new_group(members[first : first + size])
                 if rank in members[first : first + size]:
                     parts[tuple(range(first, first + size))] = group
-    return Groups(mesh, rank, mine["tp"], mine["dp"], parts, mine.get("pp"), ends)
+    return Groups(mesh, rank, tp, dp, sp, parts, pp, ends)
 
 
 def _ends(mesh: Mesh, rank: int) -> dist.ProcessGroup | None:
@@ -95,6 +110,13 @@ def _ends(mesh: Mesh, rank: int) -> dist.ProcessGroup | None:
         if rank in (members[0], members[-1]):
             found = group
     return found
+
+
+def _new_group(mesh: Mesh, axes: tuple[str, ...], rank: int) -> dist.ProcessGroup:
+    """This rank's group along some axes. Collective: every rank makes the groups of all."""
+    made = [(members, dist.new_group(members)) for members in mesh.groups(axes)]
+    (mine,) = [group for members, group in made if rank in members]
+    return mine  # type: ignore[no-any-return]
 
 
 class Mpu:
@@ -112,15 +134,15 @@ class Mpu:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Their global ranks."""
-        return self._groups.mesh.group("dp", self._groups.rank)
+        return self._groups.mesh.group(("dp", "sp"), self._groups.rank)
 
     def get_data_parallel_rank(self) -> int:
         """Position among them."""
-        return self._groups.dp_rank
+        return self._groups.shard_rank
 
     def get_data_parallel_world_size(self) -> int:
         """Their number."""
-        return self._groups.mesh.dp
+        return self._groups.num_shards
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         """The ranks over which gradient norms are summed."""

@@ -6,6 +6,7 @@ that the chattiest axes stay inside a node when ranks are numbered node by node 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,14 +46,16 @@ class Mesh:
             rank = rank * getattr(self, axis) + coordinates.get(axis, 0)
         return rank
 
-    def group(self, axis: str, rank: int) -> list[int]:
-        """Ranks that share every coordinate of `rank` but that of `axis`, in order."""
+    def group(self, axes: str | Sequence[str], rank: int) -> list[int]:
+        """Ranks that share every coordinate of `rank` but those of `axes`, in their order."""
+        axes = (axes,) if isinstance(axes, str) else axes
         here = self.coordinates(rank)
-        return [self.rank(**{**here, axis: i}) for i in range(getattr(self, axis))]
+        places = itertools.product(*(range(getattr(self, axis)) for axis in axes))
+        return sorted(self.rank(**{**here, **dict(zip(axes, place, strict=True))}) for place in places)
 
-    def groups(self, axis: str) -> list[list[int]]:
-        """Every group along an axis, in the order of its first rank."""
-        found = {tuple(self.group(axis, rank)): None for rank in range(self.world_size)}
+    def groups(self, axes: str | Sequence[str]) -> list[list[int]]:
+        """Every group along one or several axes, in the order of its first rank."""
+        found = {tuple(self.group(axes, rank)): None for rank in range(self.world_size)}
         return [list(members) for members in found]
 
 

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 
 
-def split_head(model: Any) -> Any:
-    """The output head of a model (or of an engine around it) whose vocabulary is split; None where it is whole."""
+def output_head(model: Any) -> Any:
+    """The module of a model (or of an engine around it) that makes logits; None where it names none."""
     module = getattr(model, "module", model)
     get = getattr(module, "get_output_embeddings", None)
-    head = get() if get is not None else None
+    return get() if get is not None else None
+
+
+def split_head(model: Any) -> Any:
+    """The output head of a model (or of an engine around it) whose vocabulary is split; None where it is whole."""
+    head = output_head(model)
     return head if getattr(head, "gather_output", False) else None
 
 

@@ -15,6 +15,16 @@ from torch import nn
 from anyshard.parallel.groups import Groups
 
 
+def gather_as_one(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Have ZeRO-3 gather all parameters of each of these modules once, however often their own modules are called.
+
+    Source: deepspeed 0.19.8 utils/z3_leaf_module.py; it marks all modules of their classes.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(module) for module in modules}))
+
+
 class Zero3Partitioner:
     """Turns parameters that have their values into this rank's part of them; `deepspeed.initialize` then keeps them so.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from anyshard.configs import schema
+from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.parallel.groups import Groups
 from anyshard.trainer.task import Batch, Task
@@ -36,7 +37,7 @@ def model_builder(
 
     if groups.pp is not None:
         return lambda: _stage(config, device, dtype, groups, say)
-    return whole if groups.tp is None else in_parts
+    return whole if groups.tp is None and groups.sp is None else in_parts
 
 
 def _stage(
@@ -105,6 +106,18 @@ def fitted(task: Task, ds_config: dict[str, Any], config: schema.Config, groups:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}
 
     return dataclasses.replace(task, model=build, collate=collate)
+
+
+def require_whole_sequences(config: schema.Config) -> None:
+    """Refuse sequence parallelism for a task of the user's own: only its author knows what to cut.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    if config.parallel.sp > 1:
+        reason = "the model and the loss are your own, and nothing says how to cut their sequences."
+        fix = f"Set parallel.sp=1 and parallel.dp or parallel.tp={config.parallel.sp}."
+        raise ConfigError(Problem("parallel.sp", config.parallel.sp, reason, fix))
 
 
 def torch_dtype(config: schema.Config) -> torch.dtype:

@@ -30,7 +30,8 @@ def merged_overrides(config: Config, batch: BatchPlan) -> list[tuple[str, Any, A
 
 def _base(config: Config, batch: BatchPlan) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "train_batch_size": batch.global_batch_size,
+        # to DeepSpeed the ranks that share a sequence are data-parallel ones (parallel/sequence.py)
+        "train_batch_size": batch.global_batch_size * config.parallel.sp,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
         # unset, it is 1.0 since 0.19 (runtime/constants.py:203); 0.0 is off

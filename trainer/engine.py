@@ -191,6 +191,7 @@ def build_engine(
     ds_engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=groups.mpu()
     )
+    ds_engine.anyshard_mesh = groups.mesh  # for the record in checkpoints
     if groups.pp is not None:
         from anyshard.trainer.pipeline_engine import PipelinedEngine
 
@@ -253,7 +254,7 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_data(values: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Sum of a small tensor over the ranks that split the data, in place. Collective: every rank calls it; it blocks."""
-    if groups.mesh.dp > 1:
+    """Sum of a small tensor over the ranks with tokens of their own, in place. Collective: every rank calls it; it blocks."""
+    if groups.num_shards > 1:
         dist.all_reduce(values, group=groups.dp)
     return values

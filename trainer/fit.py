@@ -34,7 +34,7 @@ from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer import lm
 from anyshard.trainer.allocation import find_allocation
 from anyshard.trainer.batch import BatchPlan, plan_batch
-from anyshard.trainer.building import fitted, model_builder
+from anyshard.trainer.building import fitted, model_builder, require_whole_sequences
 from anyshard.trainer.callbacks.base import Callbacks
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.manager import TIMEOUT_S, CheckpointManager
@@ -222,7 +222,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals,
             planning = start_planning(run_dir) if first and as_process else None
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
             builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent)
-            task = lm.build_lm_task(config, splits, builder)
+            task = lm.build_lm_task(config, splits, builder, groups)
             if first:
                 planned = planned_flops_per_token(run_dir, planning) if as_process else counted_flops_per_token(config)
                 task.flops_per_token = planned
@@ -230,6 +230,7 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals,
             if first:
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
         else:
+            require_whole_sequences(config)
             task = fitted(task, ds_config, config, groups)
         engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
         return _train(config, task, engine, batch, callbacks, rank, signals, reporter, data_fingerprint)
@@ -263,7 +264,7 @@ def _train(
         bandwidth_mib_s=config.checkpoint.bandwidth_mib_s,
     )
     memory = _memory_of(config, rank, reporter) if config.checkpoint.ram_every_steps else None
-    # the ranks that share their data drop the same activations
+    # the ranks that share their tokens drop the same activations
     seed_everything(config.seed, "train", *engine.groups.stream)
     restored = restore(
         config,

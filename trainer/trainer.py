@@ -16,6 +16,7 @@ from anyshard.configs import schema
 from anyshard.configs.errors import TrainError
 from anyshard.trainer.batch import BatchPlan
 from anyshard.trainer.callbacks.base import Callbacks
+from anyshard.trainer.data.agreement import require_same_data
 from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_data
 from anyshard.trainer.evaluate import evaluate
 from anyshard.trainer.metrics import Reporter, peak_memory_gib
@@ -134,6 +135,7 @@ class Trainer:
         started = time.perf_counter()
         micro_batches = self.loader.step(self.progress.samples)
         window.data_wait_s += time.perf_counter() - started
+        self._check_data(micro_batches, step)
         lr = self.engine.set_lr(self.schedule(step))
         scales = self._scales(micro_batches)
         losses, norm = self.engine.train_step(self.task.loss, micro_batches, scales, logged=logged, beat=self._watchdog.beat)
@@ -145,6 +147,12 @@ class Trainer:
         self.reporter.tick(self.progress.step)
         return self._log(losses, lr, norm) if logged else None
 
+    def _check_data(self, micro_batches: list[Batch], step: int) -> None:
+        """Now and then see that the ranks that share a model have the same samples."""
+        every, mesh = self.config.train.check_data_every_steps, self.engine.groups.mesh
+        if every and step % every == 0 and mesh.world_size > mesh.dp:
+            require_same_data(micro_batches, mesh, step + 1)
+
     def _is_logged(self, step: int) -> bool:
         train = self.config.train
         return step % train.log_every_steps == 0 or step in (1, train.max_steps)
@@ -155,7 +163,7 @@ class Trainer:
             return [None] * len(micro_batches)
         counts = torch.stack([self.task.num_targets(micro_batch) for micro_batch in micro_batches]).to(torch.float32)
         total = sum_over_data(counts.sum(), self.engine.groups)
-        return counts * (self.batch.accumulation_steps * self.batch.dp) / total.clamp(min=1)
+        return counts * (self.batch.accumulation_steps * self.engine.groups.num_shards) / total.clamp(min=1)
 
     def _log(self, losses: list[Tensor], lr: float, norm: Tensor | float | None) -> dict[str, Any]:
         window, progress, config = self._window, self.progress, self.config

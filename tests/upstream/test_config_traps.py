@@ -426,7 +426,7 @@ def test_expert_parallelism_is_refused() -> None:
         "positional arguments" in str(caught.value),
         "module_inject/auto_ep_presets/base.py:326",
         "registry.get(registry_key, _MISSING_REGISTRY_ENTRY)",
-        "configs/deepspeed_keys.py (REFUSED, expert_parallel)",
+        "configs/deepspeed_keys.py (REFUSED, expert_parallel) and configs/rules.py (parallel.ep)",
     )
     assert "cannot be used" in refusal({"deepspeed_extra": {"expert_parallel": {"enabled": True}}})
 

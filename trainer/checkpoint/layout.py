@@ -337,13 +337,15 @@ def refresh(engine: Any) -> None:
 def describe(engine: Any) -> dict[str, Any]:
     """The layout of a live engine, for the record."""
     config = engine._config.zero_config
+    mesh = getattr(engine, "anyshard_mesh", None)  # to DeepSpeed the ranks that share a sequence are data-parallel ones
+    sp = 1 if mesh is None else mesh.sp
     tiers = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_param}
     pp = getattr(engine, "num_stages", 1)
     return {
-        "dp": engine.dp_world_size,
+        "dp": engine.dp_world_size // sp,
         "tp": engine.mp_world_size // pp,  # DeepSpeed counts the stages among the ranks that share the model
         "pp": pp,
-        "sp": 1,
+        "sp": sp,
         "zero": int(engine.zero_optimization_stage()),
         # the device is an enum where it was validated, and a string where it is a default
         **{key: "none" if tier is None else str(getattr(tier.device, "value", tier.device)) for key, tier in tiers.items()},

@@ -24,10 +24,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.sources import OURS, read_yaml
+from anyshard.parallel import sequence
 from anyshard.parallel.groups import Groups
 from anyshard.parallel.tensor import Sharder
 from anyshard.trainer.models.fill import Filler, Partition
 from anyshard.trainer.models.pretrained import load, local_path
+from anyshard.trainer.tiling import tile_blocks
 
 if TYPE_CHECKING:
     from anyshard.parallel.pipeline import Pipeline
@@ -78,7 +80,7 @@ def build(
     Args:
         device: where the parameters go; on the meta device nothing is filled.
         partition: ZeRO-3: called with the parameters of one module after another, turns each into this rank's share.
-        groups: whose tensor-parallel ranks share the model; None for a whole one.
+        groups: whose tensor-parallel ranks share the model, whose sequence-parallel ranks the sequences; None: neither.
         say: prints a line about what takes time.
 
     Collective: every rank calls it where `partition` communicates.
@@ -90,6 +92,8 @@ def build(
     sharder = _sharder(model, groups, config)
     if device.type != "meta":
         _fill(model, config, device=device, dtype=dtype, partition=partition, sharder=sharder, say=say)
+        if groups is not None and groups.sp is not None:
+            sequence.install(model, groups, str(config.model.name))
     return _ready(model, config)
 
 
@@ -150,6 +154,8 @@ def _fill(
         filler.init(filler.slots, config.seed)
     if sharder is not None:
         sharder.finish()
+    if config.train.mlp_tile_tokens is not None:
+        tile_blocks(model, config.train.mlp_tile_tokens, str(config.model.name))
 
 
 def _ready(model: PreTrainedModel, config: schema.Config) -> PreTrainedModel:

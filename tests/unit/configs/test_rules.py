@@ -37,7 +37,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"run.name": "a/b"}, "run.name", "run.dir takes any path"),
     # what is not there yet
     ({"parallel.pp": 2, "launch.procs_per_node": 2, "zero.stage": 2}, "zero.stage", "shards optimizer states only"),
-    ({"parallel.sp": 2, "launch.procs_per_node": 2}, "parallel.sp", "no sequence parallelism"),
+    ({"parallel.ep": 2}, "parallel.ep", "zero=z3 shards the experts"),
     ({"parallel.pp": 2, "parallel.sp": 2, "launch.procs_per_node": 4}, "parallel.sp", "cannot split sequences as well"),
     ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),

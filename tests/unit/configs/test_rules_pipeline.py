@@ -22,6 +22,7 @@ def test_legal(overrides: list[str]) -> None:
         (["zero=z2"], ["zero.stage=2", "parallel.pp=2", "Use zero=z1"]),
         (["zero=z3"], ["zero.stage=3", "parallel.tp instead"]),
         (["zero=z1", "parallel.sp=2"], ["parallel.sp=2", "Set parallel.sp=1, or parallel.pp=1"]),
+        (["zero=z1", "+model.config.output_router_logits=true"], ["output_router_logits=true", "Set it to false"]),
         (["zero=z1", "offload=nvme", "offload.nvme_path=/x"], ["offload.optimizer=nvme", "Use offload=cpu"]),
         (["zero=z1", "parallel.pp_layers=[1,2,1]"], ["3 numbers for parallel.pp=2", "or null"]),
         (["zero=z1", "parallel.pp_layers=[4,0]"], ["every stage needs a layer"]),

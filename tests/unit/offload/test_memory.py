@@ -1,6 +1,15 @@
 import pytest
 
-from anyshard.offload.memory import GIB, Layout, ModelShape, activation_bytes, model_state_bytes, plan_memory, staging_bytes
+from anyshard.offload.memory import (
+    GIB,
+    Layout,
+    ModelShape,
+    activation_bytes,
+    logits_bytes,
+    model_state_bytes,
+    plan_memory,
+    staging_bytes,
+)
 
 # Table 1 of the ZeRO paper, GB of model states per rank: (params in billions, dp) -> stages 1, 2, 3
 ZERO_TABLE = {
@@ -48,6 +57,21 @@ def test_tensor_parallelism_divides_what_is_inside_the_blocks():
 
     inputs = 4 * 8 * 2 * 4 * 64  # layers * tokens * bytes * 4 hidden: whole on every rank
     assert activations(2) - inputs == (activations(1) - inputs) / 2
+
+
+def test_tiles_bound_logits_and_the_inside_of_feed_forward_blocks():
+    def activations(length, tile):
+        sizes = {"micro_batch_size": 2, "sequence_length": length, "dtype": "bf16"}
+        return activation_bytes(SHAPE, **sizes, recompute=False, mlp_tile_tokens=tile)
+
+    def logits(length, tile):
+        return logits_bytes(SHAPE, micro_batch_size=2, sequence_length=length, dtype="bf16", loss_tile_tokens=tile)
+
+    assert logits(8, 4) == logits(800, 4) == logits(2, None)
+    assert logits(8, 1000) == logits(8, None)
+    inside = 2 * 3 * SHAPE.intermediate_size
+    assert activations(8, None) - activations(8, 4) == inside * (16 * SHAPE.num_layers - 4)
+    assert activations(8, 1000) == activations(8, 16)
 
 
 def test_offloaded_state_moves_to_the_host_and_nothing_is_lost():

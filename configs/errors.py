@@ -80,6 +80,10 @@ class LaunchError(AnyshardError):
     """Ranks could not be started or died."""
 
 
+class HostLostError(LaunchError):
+    """A node does not answer any more."""
+
+
 class CheckpointError(AnyshardError):
     """A checkpoint cannot be written, read, or is damaged; the message names the file and what is wrong."""
 

@@ -181,6 +181,9 @@ def _min_nodes(config: Config) -> Iterator[Problem]:
     if launch.min_nodes is not None and launch.min_nodes > launch.nodes:
         fix = f"Set it to at most {launch.nodes}, or raise launch.nodes."
         yield Problem("launch.min_nodes", launch.min_nodes, f"launch.nodes={launch.nodes} is less.", fix)
+    if launch.max_nodes is not None and launch.max_nodes < launch.nodes:
+        fix = f"Set it to at least {launch.nodes}, or lower launch.nodes."
+        yield Problem("launch.max_nodes", launch.max_nodes, f"launch.nodes={launch.nodes} is more.", fix)
 
 
 def _batch(config: Config) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from typing import Any, Optional, Union
 from anyshard.configs.fields import key
 from anyshard.configs.schema_launch import DeepspeedLauncher as DeepspeedLauncher
 from anyshard.configs.schema_launch import Launch as Launch
+from anyshard.configs.schema_launch import NodeCheck as NodeCheck
 from anyshard.configs.schema_launch import Rendezvous as Rendezvous
 from anyshard.configs.schema_launch import Runner as Runner
 from anyshard.configs.schema_launch import Slurm as Slurm

@@ -19,6 +19,12 @@ class Rendezvous(Enum):
     static = "static"
 
 
+class NodeCheck(Enum):
+    warn = "warn"
+    strict = "strict"
+    skip = "skip"
+
+
 class Runner(Enum):
     pdsh = "pdsh"
     openmpi = "openmpi"
@@ -35,7 +41,7 @@ class Torchrun:
     host: Optional[str] = key(None, "Name or address of the node that starts the run, where nodes meet.", why="null: this host")
     max_restarts: int = key(
         0,
-        "Times that torchrun starts the ranks anew after one has failed.",
+        "Times that torchrun itself starts the ranks anew after one has failed, on all nodes and on those that are left.",
         ge=0,
         unit="restarts",
         why="torchrun's own default: the first failure ends the run",
@@ -141,6 +147,13 @@ class Launch:
         ge=1,
         why="null: launch.nodes, no fewer and no more",
     )
+    max_nodes: Optional[int] = key(
+        None,
+        "Take as many nodes as this where they are free: dp is derived anew, the global batch stays.",
+        unit="nodes",
+        ge=1,
+        why="null: launch.nodes",
+    )
     procs_per_node: Union[int, str] = key(
         "auto",
         "Ranks on each node; auto: one per GPU, or 1 without.",
@@ -162,6 +175,41 @@ class Launch:
         None, "OMP threads of each rank.", ge=1, why="null: cores / procs_per_node", unit="threads"
     )
     env: dict[str, str] = key({}, "Extra environment variables of the ranks.")
+    max_restarts: int = key(
+        0,
+        "After a failure that a restart may cure the ranks are started again, so often in a row without a new checkpoint.",
+        unit="restarts",
+        ge=0,
+        why="the first failure ends the run; 3 with launch=slurm, where nobody watches",
+    )
+    backoff_s: float = key(
+        10.0,
+        "Wait before the first restart; it doubles with each, up to ten minutes.",
+        unit="s",
+        ge=0,
+        why="time for ports, GPUs and file systems to recover",
+    )
+    preflight: NodeCheck = key(
+        NodeCheck.warn,
+        "Compare and time several nodes before the first step. warn: name a slow one; strict: refuse it too; skip: do nothing.",
+        why="seconds; all nodes wait for a slow one at every step",
+    )
+    preflight_timeout_s: float = key(
+        60.0, "A node that does not answer the check for so long is broken.", unit="s", gt=0, why="a healthy one needs seconds"
+    )
+    lost_after_s: Optional[float] = key(
+        30.0,
+        "A node that is silent for so long has lost its network or its power: the run ends and names it.",
+        unit="s",
+        gt=0,
+        why="nodes say something five times in it; null: a collective waits launch.timeout_s for it",
+    )
+    slow_factor: float = key(
+        2.0,
+        "A node is slow that takes so many times as long as the median of all.",
+        gt=1,
+        why="above the noise of a shared network",
+    )
     torchrun: Torchrun = field(default_factory=Torchrun)
     deepspeed: DeepspeedLauncher = field(default_factory=DeepspeedLauncher)
     slurm: Slurm = field(default_factory=Slurm)

@@ -29,6 +29,12 @@ def dp_size(config: Config) -> int | None:
     return world // model_parallel_size(config)
 
 
+def node_range(config: Config) -> tuple[int, int]:
+    """The fewest and the most nodes that the run takes."""
+    launch = config.launch
+    return launch.min_nodes or launch.nodes, launch.max_nodes or launch.nodes
+
+
 def resolve_ranks(config: Config, *, nodes: int, procs_per_node: int) -> Config:
     """A copy of the configuration for this many ranks; `parallel.dp=auto` becomes a number where it can be divided."""
     result = copy.deepcopy(config)
@@ -41,21 +47,25 @@ def resolve_ranks(config: Config, *, nodes: int, procs_per_node: int) -> Config:
 
 
 def adopt_ranks(config: Config, *, nodes: int, procs_per_node: int) -> Config:
-    """A copy of the configuration for the ranks that were started; dp is derived anew where `launch.min_nodes` lets it.
+    """A copy of the configuration for the ranks that were started; dp is derived anew where min_nodes or max_nodes let it.
 
     Raises:
         ConfigError: other ranks were asked for.
     """
     asked, here, launch = world_size(config), nodes * procs_per_node, config.launch
     if asked is not None and asked != here:
-        if launch.min_nodes is None or procs_per_node != launch.procs_per_node:
+        if (launch.min_nodes, launch.max_nodes) == (None, None) or procs_per_node != launch.procs_per_node:
             reason = f"{here} ranks are here, and launch.nodes * launch.procs_per_node = {asked} were asked for."
             fix = f"Start {asked} ranks, or set it to auto."
             raise ConfigError(Problem("launch.procs_per_node", launch.procs_per_node, reason, fix))
-        if nodes < launch.min_nodes:
-            raise ConfigError(Problem("launch.min_nodes", launch.min_nodes, f"{nodes} nodes are here.", "Lower it, or wait."))
+        fewest, most = node_range(config)
+        if nodes < fewest:
+            raise ConfigError(Problem("launch.min_nodes", fewest, f"{nodes} nodes are here.", "Lower it, or wait."))
+        if nodes > most:
+            raise ConfigError(Problem("launch.max_nodes", most, f"{nodes} nodes are here.", "Raise it, or start fewer."))
         config = copy.deepcopy(config)
         config.parallel.dp = "auto"
+        config.launch.max_nodes = most  # the next start may have them again
     return resolve_ranks(config, nodes=nodes, procs_per_node=procs_per_node)
 
 

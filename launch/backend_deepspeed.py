@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -28,7 +29,8 @@ from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.schema import Runner
 from anyshard.launch import hostfile
 from anyshard.launch.backend_local import signals_of_people
-from anyshard.launch.runs import ended_with_a_stop, last_attempt
+from anyshard.launch.failures import Failure, append, first_cause, read_records
+from anyshard.launch.runs import ended_with_a_stop, last_attempt, read_events
 from anyshard.launch.spec import LaunchSpec, Rendered, require_gpus
 
 DEFAULT_PORT = 29500
@@ -51,7 +53,7 @@ class DeepspeedBackend:
         hostfile_path = Path(options.hostfile).absolute() if options.hostfile else folder / "hostfile"
         master = options.master_addr or next(iter(hostfile.select(hosts, options.include, options.exclude)))
         port = str(spec.port or DEFAULT_PORT)
-        env = {**spec.env, LAUNCHER_VARIABLE: "deepspeed"}
+        env = {**spec.env, LAUNCHER_VARIABLE: "deepspeed", "ANYSHARD_ERRORS": str(folder / "errors")}
         if options.runner is Runner.openmpi:  # mpirun says nothing about where to meet
             env |= {"MASTER_ADDR": master, "MASTER_PORT": port}
         argv = [
@@ -108,6 +110,9 @@ class DeepspeedBackend:
         if spec.options.deepspeed.runner is Runner.no_ssh and spec.nodes > 1:
             print("start the same command on every node, with --node_rank 1, 2, ...:", file=sys.stderr)
             print(rendered.text(), file=sys.stderr, flush=True)
+        errors = spec.run_dir / "launch" / "errors"
+        shutil.rmtree(errors, ignore_errors=True)
+        errors.mkdir()
         wishes: list[int] = []
 
         def stop(signum: int, frame: FrameType | None) -> None:
@@ -127,11 +132,18 @@ class DeepspeedBackend:
                 signal.signal(number, handler)
         if ended_with_a_stop(spec.run_dir):
             return EXIT_REQUEUE
-        if code == 0 and not any(event["event"] == "done" for event in last_attempt(spec.run_dir)):
-            # deepspeed 0.19.8 launcher/runner.py ends with 0 when what it started was killed
-            print(f"the deepspeed launcher ended without a word; see {spec.run_dir}/logs", file=sys.stderr)
-            return EXIT_FAILED
-        return code if code in (EXIT_DONE, EXIT_CONFIG, EXIT_ENVIRONMENT, EXIT_REQUEUE) else EXIT_FAILED
+        if code == EXIT_REQUEUE or (
+            code == EXIT_DONE and any(event["event"] == "done" for event in last_attempt(spec.run_dir))
+        ):
+            return code
+        # deepspeed 0.19.8 launcher/runner.py ends with 0 when what it started was killed
+        records = read_records(errors)
+        silent = f"the deepspeed launcher ended without a word; see {spec.run_dir}/logs"
+        known = code if code in (EXIT_CONFIG, EXIT_ENVIRONMENT) else EXIT_FAILED
+        failure = first_cause(records) or next(iter(records), Failure(time.time(), "unknown", silent, known))
+        print(failure.told(spec.run_dir / "logs") if records else failure.message, file=sys.stderr)
+        append(spec.run_dir, failure, read_events(spec.run_dir))
+        return failure.exit_code
 
 
 def read_hosts(spec: LaunchSpec) -> dict[str, int]:

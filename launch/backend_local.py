@@ -8,19 +8,18 @@ torchrun or this process is killed the kernel sends TERM to the ranks, which sav
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -28,7 +27,8 @@ from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, Config
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE
 from anyshard.configs.writing import writing
 from anyshard.launch.env import is_port_free
-from anyshard.launch.runs import ended_with_a_stop
+from anyshard.launch.failures import Failure, append, first_cause, read_records
+from anyshard.launch.runs import ended_with_a_stop, last_attempt, read_events
 from anyshard.launch.spec import LaunchSpec, Rendered, require_gpus
 from anyshard.parallel.parent import signal_when_parent_dies
 
@@ -38,7 +38,7 @@ WENT = re.compile(rf"exitcode\s*:\s*{EXIT_REQUEUE}\b")
 """A rank that ended as it was asked to. torchrun kills those that do not follow in 30 s, such as one inside gloo's connect."""
 
 GRACE_S = 10.0
-"""`grace_s` where nothing restarts the ranks."""
+"""Time that the other ranks have to end by themselves once one has failed; NCCL may keep them waiting for it for ever."""
 
 
 class LocalBackend:
@@ -106,9 +106,8 @@ class LocalBackend:
                 start_new_session=True,
                 preexec_fn=partial(_before_torchrun, os.getpid()),
             )
-            # a failed rank ends the others, unless torchrun is to start all of them again
-            grace_s = GRACE_S if not spec.options.torchrun.max_restarts else math.inf
-            return _watch(process, Path(log.name), Path(errors), report_from=log.tell(), grace_s=grace_s)
+            again = bool(spec.torchrun_restarts)
+            return _watch(process, Path(log.name), Path(errors), report_from=log.tell(), restarts=again)
 
 
 def _before_torchrun(parent: int) -> None:
@@ -130,12 +129,14 @@ class _Tree:
         self.torchrun = process
         self._ranks: list[psutil.Process] = []
         self._looked_at = 0.0
+        self._trained: dict[int, psutil.Process] = {}
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks that live; torchrun itself before it has started any."""
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.torchrun.pid)
             self._ranks = parent.children() or self._ranks or [parent]
+            self._trained.update({rank.pid: rank for rank in self._ranks if rank.pid not in self._trained and _is_rank(rank)})
         return [rank for rank in self._ranks if _runs(rank)]
 
     def lives(self) -> bool:
@@ -146,6 +147,11 @@ class _Tree:
             self._looked_at = time.monotonic()
             self.ranks()
         return True
+
+    def has_lost_one(self) -> bool:
+        """Whether a rank has ended while others live, as far as `lives` has seen them."""
+        alive = sum(_runs(rank) for rank in self._trained.values())
+        return 0 < alive < len(self._trained)
 
     def kill(self) -> None:
         """End torchrun and every process under it."""
@@ -167,14 +173,30 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _watch(process: subprocess.Popen[bytes], log: Path, errors: Path, *, report_from: int, grace_s: float = GRACE_S) -> int:
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether torchrun's child is a rank: some other helper may end when it likes."""
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return "anyshard.trainer.run" in command and "torch.distributed.run" not in command
+
+
+def _one_has_failed(tree: _Tree, errors: Path, run_dir: Path, *, wished: bool) -> bool:
+    """Whether a rank has said why it failed, or is gone although the run has not come to an end."""
+    if any(errors.glob("*.json")):
+        return True
+    return not wished and tree.has_lost_one() and not any(event["event"] in ("done", "stop") for event in last_attempt(run_dir))
+
+
+def _watch(process: subprocess.Popen[bytes], log: Path, errors: Path, *, report_from: int, restarts: bool = False) -> int:
     """Wait for torchrun and its ranks, passing signals on; returns the run's exit code.
 
     Args:
         log: torchrun's words.
         errors: where failing ranks write why.
         report_from: offset in the log where this attempt begins.
-        grace_s: time that the other ranks have to end by themselves once one has failed.
+        restarts: torchrun starts all ranks again once one has failed.
     """
     wishes: list[int] = []
     tree = _Tree(process)
@@ -196,9 +218,11 @@ def _watch(process: subprocess.Popen[bytes], log: Path, errors: Path, *, report_
     try:
         while tree.lives():
             time.sleep(0.05)
-            if failed_at is None and any(errors.glob("*.json")):
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > grace_s:
+            failed = _one_has_failed(tree, errors, log.parent.parent, wished=bool(wishes))
+            failed_at = (failed_at or time.monotonic()) if failed else None
+            if failed_at is None or time.monotonic() - failed_at <= GRACE_S:
+                continue
+            if not restarts or not all(record.is_curable for record in read_records(errors)):
                 tree.kill()
         if len(wishes) >= 3:
             print("ended without a save, as asked", file=sys.stderr)
@@ -225,36 +249,27 @@ def _conclude(returncode: int, logs: Path, errors: Path, *, wished: bool, report
     """
     if returncode == 0:  # torchrun that restarts ranks is told nothing of a stop: it would take it for a failure
         return EXIT_REQUEUE if ended_with_a_stop(logs.parent) else EXIT_DONE
-    records = [json.loads(path.read_text()) for path in errors.glob("*.json")]
-    causes = [record for record in records if not _is_collateral(record)]
-    killed = [
-        (int(rank), int(code)) for rank, code in KILLED.findall(report) if int(code) not in (-signal.SIGTERM, -signal.SIGINT)
-    ]
-    if causes or (records and not killed):
-        first = min(causes or records, key=lambda record: record["time"])
-        if first["for_people"]:
-            print(f"{first['kind']}: {first['message']}", file=sys.stderr)
-        else:
-            print(
-                f"rank {first['rank']} failed (its log: {logs}/rank{first['rank']:05d}.log):\n{first['message']}",
-                file=sys.stderr,
-            )
-        return int(first["exit_code"])
+    records = read_records(errors)
+    cause = first_cause(records)
+    # before a rank has its handlers a signal of ours ends it as it ends any process
+    asked = [signal.SIGTERM, signal.SIGINT, *(signals_of_people() if wished else [])]
+    killed = [(int(rank), int(code)) for rank, code in KILLED.findall(report) if -int(code) not in asked]
+    first = cause or (min(records, key=lambda record: record.time) if records and not killed else None)
+    if first is not None:
+        print(first.told(logs), file=sys.stderr)
+        append(logs.parent, first, read_events(logs.parent))
+        return first.exit_code
     if ended_with_a_stop(logs.parent) or (wished and (not killed or WENT.search(report))):
         return EXIT_REQUEUE
-    for rank, code in killed[:1]:
-        name = signal.Signals(-code).name
+    failure = Failure(time.time(), "unknown", f"the ranks ended without a word; see {logs}/launcher.log", EXIT_FAILED)
+    if killed:
+        rank, name = killed[0][0], signal.Signals(-killed[0][1]).name
         hint = " (the kernel does that when memory runs out: see dmesg)" if name == "SIGKILL" else ""
-        print(f"rank {rank} was ended by {name}{hint}; its log: {logs}/rank{rank:05d}.log", file=sys.stderr)
+        told = f"rank {rank} was ended by {name}{hint}; its log: {logs}/rank{rank:05d}.log"
+        failure = replace(failure, kind=name, message=told, rank=rank, host=platform.node())
     if returncode < 0:
-        print(f"torchrun was ended by {signal.Signals(-returncode).name}; its log: {logs}/launcher.log", file=sys.stderr)
-    elif not killed:
-        print(f"the ranks ended without a word; see {logs}/launcher.log", file=sys.stderr)
+        name = signal.Signals(-returncode).name
+        failure = replace(failure, kind=name, message=f"torchrun was ended by {name}; its log: {logs}/launcher.log")
+    print(failure.message, file=sys.stderr)
+    append(logs.parent, failure, read_events(logs.parent))
     return EXIT_FAILED
-
-
-def _is_collateral(record: dict[str, Any]) -> bool:
-    """Whether a rank failed only because another was gone: it says so itself, or DeepSpeed and gloo do."""
-    return not record["for_people"] and bool(
-        re.search(r"closed by peer|reset by peer|Connection refused|remote worker|Broken pipe", record["message"])
-    )

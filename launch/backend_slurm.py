@@ -6,12 +6,10 @@ where the ranks meet, their environment with reasons, srun, Slurm's warning befo
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import jinja2
 
 from anyshard.configs.errors import EXIT_DONE, ConfigError, EnvError, LaunchError, Problem
 from anyshard.configs.schema import Starter
-from anyshard.configs.writing import write_file
 from anyshard.launch import slurm
 from anyshard.launch.spec import REASONS, LaunchSpec, Rendered, require_gpus
 
@@ -78,9 +75,7 @@ class SlurmBackend:
                 f"sbatch refused {rendered.argv[-1]}: {done.stderr.strip()} "
                 "Correct launch.slurm.* or the template, and submit again."
             )
-        job, _, cluster = done.stdout.strip().partition(";")
-        record = {"job_id": job, "cluster": cluster or None, "submitted": time.time()}
-        write_file(spec.run_dir / slurm.JOB_FILE, json.dumps(record) + "\n")
+        job = slurm.remember(spec.run_dir, done.stdout)
         name = "slurm-%s_*.log" if spec.options.slurm.array else "slurm-%s.log"
         print(f"job {job} is in the queue: {spec.nodes} nodes x {spec.procs_per_node} ranks")
         print(f"  script    {rendered.argv[-1]}")
@@ -132,14 +127,14 @@ def _directives(spec: LaunchSpec) -> list[str]:
     options, starter = spec.options.slurm, spec.options.slurm.starter
     output = "slurm-%A_%a.log" if options.array else "slurm-%j.log"
     gpus = [] if options.gres or not spec.gpus_per_node else [_joined(options.gpu_type, spec.procs_per_node)]
-    cpus = None if _fewer_will_do(spec) else options.cpus_per_task
+    cpus = None if spec.node_range else options.cpus_per_task
     if starter is Starter.torchrun and cpus:
         cpus *= spec.procs_per_node
     lines = [
         ("job-name", spec.run_dir.name),
-        ("nodes", f"{spec.options.min_nodes}-{spec.nodes}" if _fewer_will_do(spec) else spec.nodes),
+        ("nodes", "-".join(map(str, spec.node_range or [spec.nodes]))),
         # with it, Slurm takes the fewest nodes of a range instead of the most
-        ("ntasks-per-node", None if _fewer_will_do(spec) else _tasks(spec)),
+        ("ntasks-per-node", None if spec.node_range else _tasks(spec)),
         ("gpus-per-node", *gpus),
         ("gres", options.gres),
         ("cpus-per-task", cpus),
@@ -158,18 +153,13 @@ def _directives(spec: LaunchSpec) -> list[str]:
         ("signal", f"B:USR2@{options.warn_s}"),
     ]
     told = [f"--{name}={_quoted(value[0])}" for name, *value in lines if value and value[0] is not None]
-    told += ["--exclusive"] if options.exclusive or _fewer_will_do(spec) else []
+    told += ["--exclusive"] if options.exclusive or spec.node_range else []
     told += ["--requeue" if options.requeue and not options.array else "--no-requeue"]
     return [*told, *options.directives]
 
 
 def _tasks(spec: LaunchSpec) -> int:
     return 1 if spec.options.slurm.starter is Starter.torchrun else spec.procs_per_node
-
-
-def _fewer_will_do(spec: LaunchSpec) -> bool:
-    """Whether the job takes a range of nodes: whole ones, on which srun says how many tasks there are."""
-    return spec.options.min_nodes is not None and spec.options.min_nodes < spec.nodes
 
 
 def _joined(kind: str | None, count: int) -> str:
@@ -208,7 +198,7 @@ def _srun(spec: LaunchSpec) -> list[str]:
     options = spec.options.slurm
     # a rank that fails ends the others, which get SIGTERM first; without a limit to how long rank 0 may stay at the end
     first = ["srun --kill-on-bad-exit=1 --wait=0"]
-    if _fewer_will_do(spec):
+    if spec.node_range:
         first.append(f'--ntasks="$((SLURM_JOB_NUM_NODES * {_tasks(spec)}))" --ntasks-per-node={_tasks(spec)}')
     if spec.gpus_per_node and options.starter is Starter.srun:
         first.append("--gpu-bind=none")  # each rank takes the GPU of its local rank, and sees all

@@ -24,15 +24,15 @@ class TorchrunBackend(LocalBackend):
 
     def render(self, spec: LaunchSpec) -> Rendered:
         """The torchrun command of this node."""
-        options, fewest = spec.options.torchrun, spec.options.min_nodes
+        restarts = spec.torchrun_restarts
         argv = [
             spec.python,
             "-m",
             "torch.distributed.run",
-            f"--nnodes={fewest}:{spec.nodes}" if fewest and fewest < spec.nodes else f"--nnodes={spec.nodes}",
+            f"--nnodes={spec.node_range[0]}:{spec.node_range[1]}" if spec.node_range else f"--nnodes={spec.nodes}",
             f"--nproc-per-node={spec.procs_per_node}",
             *_rendezvous(spec),
-            *([f"--max-restarts={options.max_restarts}"] if options.max_restarts else []),
+            *([f"--max-restarts={restarts}"] if restarts else []),
             "-m",
             "anyshard.trainer.run",
             "--run-dir",
@@ -40,7 +40,7 @@ class TorchrunBackend(LocalBackend):
         ]
         # torch 2.13.0 distributed/elastic/rendezvous/dynamic_rendezvous.py:1146: by default ranks meet in the agents' store,
         # which outlives an attempt; gloo ranks of the next one were seen to wait at the addresses of those before
-        env = {**spec.env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if options.max_restarts else spec.env
+        env = {**spec.env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else spec.env
         return Rendered(argv, env)
 
     def check(self, spec: LaunchSpec) -> None:
@@ -51,10 +51,10 @@ class TorchrunBackend(LocalBackend):
             EnvError: the port is taken.
         """
         require_gpus(spec)
-        if spec.options.min_nodes and spec.nodes > 1 and spec.options.torchrun.rendezvous is Rendezvous.static:
+        if spec.node_range and spec.options.torchrun.rendezvous is Rendezvous.static:
             why = "with numbers given to nodes none may stay away."
             fix = "Use launch.torchrun.rendezvous=c10d, or leave it out."
-            raise ConfigError(Problem("launch.min_nodes", spec.options.min_nodes, why, fix))
+            raise ConfigError(Problem("launch.min_nodes", spec.node_range[0], why, fix))
         port = spec.port if spec.nodes == 1 else spec.port or DEFAULT_PORT
         if spec.node_rank == 0 and port is not None and not is_port_free(port):
             raise EnvError(f"launch.port={port}: something listens on this port already. Choose another with launch.port.")

@@ -240,10 +240,18 @@ def runs_ls(
     folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """List runs: state, step, loss, tokens/s, last checkpoint."""
+    """List runs: state, step, loss, tokens/s, last checkpoint, host, job of Slurm, starts."""
     from anyshard.launch import runs
 
     raise typer.Exit(runs.ls(folder, as_json=as_json))
+
+
+@runs_app.command("show")
+def runs_show(run: RunDir, as_json: AsJson = False) -> None:
+    """One run: state, hosts, job, and every attempt with how it ended."""
+    from anyshard.launch import show
+
+    raise typer.Exit(show.show(run, as_json=as_json))
 
 
 @runs_app.command("tail")
@@ -286,6 +294,18 @@ def runs_plot(
     from anyshard.launch import runs
 
     raise typer.Exit(runs.plot(run, out))
+
+
+@runs_app.command("compare")
+def runs_compare(
+    run: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="PNG to write.", show_default="runs.png")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs side by side: the keys in which they differ, what came of them, and their curves on one picture."""
+    from anyshard.launch import show
+
+    raise typer.Exit(show.compare(run, out=out, as_json=as_json))
 
 
 @config_app.command("ls")

@@ -62,7 +62,9 @@ def node_spec(run_dir: Path, node_rank: int | None, host: str | None, environ: M
             torchrun, host=host or environ.get("MASTER_ADDR") or torchrun.host, rendezvous=schema.Rendezvous.static
         )
         # of the nodes that Slurm gave, which may be fewer than launch.nodes
-        spec = replace(spec, nodes=int(environ["SLURM_STEP_NUM_NODES"]), options=replace(spec.options, min_nodes=None))
+        spec = replace(
+            spec, nodes=int(environ["SLURM_STEP_NUM_NODES"]), options=replace(spec.options, min_nodes=None, max_nodes=None)
+        )
     return replace(spec, node_rank=node_rank, port=port, options=replace(spec.options, torchrun=torchrun))
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.frozen import checkpoint_dir_in
 from anyshard.launch.console import make_console
-from anyshard.launch.slurm import job_in_queue
+from anyshard.launch.slurm import job_in_queue, submitted_job
 from anyshard.trainer.callbacks.curves import plot as draw
 from anyshard.trainer.callbacks.curves import read_metrics, write_csv
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
@@ -85,6 +85,7 @@ def _lives(start: dict[str, Any]) -> bool:
 def summary(run: Path) -> dict[str, Any]:
     """One run in a few numbers."""
     steps = [record for record in read_metrics(run) if "train/loss" in record]
+    starts = [event for event in read_events(run) if event["event"] == "start"]
     last = steps[-1] if steps else {}
     checkpoints = [found.path for found in list_checkpoints(checkpoint_dir_in(run)) if found.problem is None]
     return {
@@ -93,6 +94,9 @@ def summary(run: Path) -> dict[str, Any]:
         "step": last.get("step"),
         "loss": last.get("train/loss"),
         "tokens_per_s": last.get("perf/tokens_per_s"),
+        "hosts": starts[-1].get("hosts", []) if starts else [],
+        "job": submitted_job(run),
+        "attempts": len(starts),
         "checkpoint": checkpoints[0].name if checkpoints else None,
         "checkpoint_age_s": round(time.time() - checkpoints[0].stat().st_mtime) if checkpoints else None,
     }
@@ -112,8 +116,8 @@ def ls(folder: Path, *, as_json: bool) -> int:
         print(f"no runs in {folder}")
         return 0
     table = Table()
-    for column in ("run", "state", "step", "loss", "tokens/s", "checkpoint", "age"):
-        table.add_column(column, justify="left" if column in ("run", "state", "checkpoint") else "right")
+    for column in ("run", "state", "step", "loss", "tokens/s", "checkpoint", "age", "host", "job", "starts"):
+        table.add_column(column, justify="left" if column in ("run", "state", "checkpoint", "host") else "right")
     for row in rows:
         age = row["checkpoint_age_s"]
         table.add_row(
@@ -124,9 +128,16 @@ def ls(folder: Path, *, as_json: bool) -> int:
             _cell(row["tokens_per_s"], "{:,.0f}"),
             row["checkpoint"] or "",
             "" if age is None else f"{age // 3600}h{age % 3600 // 60:02}m" if age >= 3600 else f"{age // 60}m{age % 60:02}s",
+            _hosts(row["hosts"]),
+            row["job"] or "",
+            str(row["attempts"]),
         )
     make_console().print(table)
     return 0
+
+
+def _hosts(hosts: Sequence[str]) -> str:
+    return "" if not hosts else hosts[0] if len(hosts) == 1 else f"{hosts[0]} +{len(hosts) - 1}"
 
 
 def _cell(value: Any, form: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from anyshard.configs.errors import EnvError
+from anyshard.configs.writing import write_file
 
 JOB_FILE = "slurm.json"
 """In the run directory: the job that was submitted last."""
@@ -25,6 +29,21 @@ class Job:
     job_id: str
     state: str
     nodes: str
+
+
+def remember(run_dir: Path, answer: str) -> str:
+    """Write down which job was submitted last for this run; returns its id.
+
+    Args:
+        answer: what `sbatch --parsable` printed: JOB, or JOB;CLUSTER.
+
+    Raises:
+        EnvError: the run directory cannot be written.
+    """
+    job, _, cluster = answer.strip().partition(";")
+    record = {"job_id": job, "cluster": cluster or None, "submitted": time.time()}
+    write_file(run_dir / JOB_FILE, json.dumps(record) + "\n")
+    return job
 
 
 def submitted_job(run_dir: Path) -> str | None:
@@ -48,6 +67,32 @@ def job_in_queue(run_dir: Path) -> Job | None:
         return None
     state, _, nodes = lines[0].strip().partition(" ")
     return Job(job_id, state, nodes)
+
+
+def submit_results(folder: Path, jobs: Sequence[str], python: str, directives: Sequence[str]) -> str | None:
+    """Submit a job that waits for these jobs, whatever becomes of them, and compares their runs in `results.txt`.
+
+    Args:
+        folder: of the runs.
+        directives: options of sbatch, such as the partition.
+
+    Returns:
+        Its id; None where Slurm refused it.
+    """
+    table = shlex.join([python, "-m", "anyshard", "runs", "compare", "--out", str(folder / "curves.png")])
+    wait_for = f"--dependency=afterany:{':'.join(jobs)}"
+    output = ["--nodes=1", "--ntasks=1", f"--output={folder / 'results.txt'}", "--job-name=results"]
+    command = [
+        "sbatch",
+        "--parsable",
+        wait_for,
+        *output,
+        *directives,
+        "--wrap",
+        f"COLUMNS=200 {table} {shlex.quote(str(folder))}/*/",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().partition(";")[0] if done.returncode == 0 else None
 
 
 def check_not_submitted(run_dir: Path) -> None:

@@ -39,6 +39,20 @@ class LaunchSpec:
     node_rank: int = 0
     host: str = "localhost"
 
+    @property
+    def node_range(self) -> tuple[int, int] | None:
+        """The fewest and the most nodes that will do; None where it is one number."""
+        fewest, most = self.options.min_nodes or self.nodes, self.options.max_nodes or self.nodes
+        return (fewest, most) if fewest < most else None
+
+    @property
+    def torchrun_restarts(self) -> int:
+        """Times that torchrun itself starts failed ranks again: on several nodes nobody else reaches all of them."""
+        if self.options.name == "local":
+            return 0
+        several = self.options.name == "torchrun" and self.nodes > 1
+        return self.options.torchrun.max_restarts or (self.options.max_restarts if several else 0)
+
 
 def require_gpus(spec: LaunchSpec) -> None:
     """Refuse more ranks on a node than it has GPUs, where it has any.

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from anyshard.configs import frozen, rules, schema
 from anyshard.configs.compose import compose, compose_with_sources, finalize
 from anyshard.configs.compose import sweep as sweep_jobs
 from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
 from anyshard.configs.registry import lookup
+from anyshard.configs.relayout import relayout
 from anyshard.configs.resume import override_frozen
 from anyshard.configs.run_lock import START_LOCK, check_free, only_run
 from anyshard.configs.world import resolve_world
 from anyshard.configs.writing import write_file
+from anyshard.launch import failures, restarts, show
+from anyshard.launch.backend_local import signals_of_people
 from anyshard.launch.env import find_hardware
 from anyshard.launch.inputs import check_inputs
 from anyshard.launch.plan import Plan, plan
 from anyshard.launch.runs import read_events
-from anyshard.launch.slurm import check_not_submitted
-from anyshard.launch.spec import build_spec
+from anyshard.launch.slurm import check_not_submitted, submit_results, submitted_job
+from anyshard.launch.spec import Backend, LaunchSpec, build_spec
 from anyshard.offload.op_cache import remove_stale_locks
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
@@ -34,9 +42,26 @@ def train(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -
     Raises:
         ConfigError: with every problem that was found; nothing was written.
     """
-    composition = compose_with_sources(overrides, config_dir=config_dir)
-    config = finalize(composition.config, datetime.now())
-    return start(config, overrides, dry_run=dry_run, sources=lambda: composition.sources)
+    with leaving_on_signals():
+        composition = compose_with_sources(overrides, config_dir=config_dir)
+        config = finalize(composition.config, datetime.now())
+        return start(config, overrides, dry_run=dry_run, sources=lambda: composition.sources)
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """A signal that asks for a stop before there are any ranks ends the command as it ends ranks before their first step."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        print(f"{signal.Signals(signum).name} before anything was started", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
+
+    before = {number: signal.signal(number, leave) for number in signals_of_people()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(
@@ -74,12 +99,35 @@ def start(
         frozen.check_run_dir(config, run_dir, force=force)  # again: another start may have been faster
         freeze(config, overrides, planned, run_dir)
         sys.stdout.flush()
-        code = int(backend.submit(spec))
+        with leaving_on_signals():
+            code = _run(backend, spec)
+        for number in signals_of_people():  # how it ended is known
+            signal.signal(number, signal.SIG_IGN)
         if config.checkpoint.ram_every_steps:
             _drain_memory(config, run_dir, code)
     if code != EXIT_DONE:
         print(_how_to_go_on(config, run_dir, code), file=sys.stderr)
     return code
+
+
+def _run(backend: Backend, spec: LaunchSpec) -> int:
+    """Start the ranks, and again after failures that this may cure; returns the exit code of the last attempt."""
+    attempt, begun = 0, len(failures.read(spec.run_dir))
+    while True:
+        code = int(backend.submit(spec))
+        failed = failures.read(spec.run_dir)[begun:]
+        if code in (EXIT_DONE, EXIT_REQUEUE) or not failed or not spec.options.max_restarts or spec.torchrun_restarts:
+            return code
+        verdict = restarts.judge(failed, max_restarts=spec.options.max_restarts, backoff_s=spec.options.backoff_s)
+        if verdict.wait_s is None:
+            print(f"not started again: {verdict.why}", file=sys.stderr)
+            return code
+        print(f"{verdict.why}, in {verdict.wait_s:g} s", file=sys.stderr, flush=True)
+        if not restarts.wait(verdict.wait_s, signals_of_people(), partial(restarts.stop_wished, spec.run_dir)):
+            print("not started again, as asked", file=sys.stderr)
+            return EXIT_REQUEUE
+        attempt += 1
+        spec = replace(spec, env={**spec.env, restarts.VARIABLE: str(attempt)})
 
 
 def _drain_memory(config: schema.Config, run_dir: Path, code: int) -> None:
@@ -136,7 +184,24 @@ def sweep(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -
         if code == EXIT_REQUEUE and not _meant_to_stop(config) and number + 1 < len(jobs):
             print(f"stopped: the other {len(jobs) - number - 1} runs of the sweep are not started", file=sys.stderr)
             return code
+    if not dry_run:
+        _results(folder.absolute(), configs)
     return worst
+
+
+def _results(folder: Path, configs: Sequence[schema.Config]) -> None:
+    """The table at the end of a sweep: printed, or by a job of Slurm that waits for the others."""
+    runs = [frozen.run_dir_of(config) for config in configs]
+    jobs = [job for run in runs if (job := submitted_job(run)) is not None]
+    if not jobs:
+        show.print_results(runs)
+        return
+    options = configs[0].launch.slurm
+    chosen = {"account": options.account, "partition": options.partition, "qos": options.qos}
+    directives = [f"--{name}={value}" for name, value in chosen.items() if value]
+    if submit_results(folder, jobs, options.python or sys.executable, directives) is not None:
+        print(f"when all of them have ended their results are in {folder / 'results.txt'}")
+    print(f"at any time: anyshard runs compare {folder}/*/")
 
 
 def _meant_to_stop(config: schema.Config) -> bool:
@@ -158,7 +223,16 @@ def resume(run_dir: Path, overrides: Sequence[str], *, config_dir: Path | None, 
     Raises:
         ConfigError: an override would change the mathematics of the run and `force` is off.
     """
+    with leaving_on_signals():
+        return _resume(run_dir, overrides, config_dir=config_dir, force=force, dry_run=dry_run)
+
+
+def _resume(run_dir: Path, overrides: Sequence[str], *, config_dir: Path | None, force: bool, dry_run: bool) -> int:
     config = override_frozen(run_dir, overrides, force=force, config_dir=config_dir)
+    if not any(text.lstrip("+~").startswith("parallel") for text in overrides):
+        config, notes = relayout(resolve_world(config, find_hardware().num_gpus), always=True)
+        for note in notes:
+            print(note, flush=True)
     if not dry_run:
         check_free(run_dir)  # a live run's STOP is its own
         (run_dir / "STOP").unlink(missing_ok=True)

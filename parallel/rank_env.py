@@ -134,9 +134,14 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return places[0].rank if places else 0
 
 
+def host_name(environ: Mapping[str, str]) -> str:
+    """The name of this host: Slurm's, which its commands know it by, where there is one."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def is_restart(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun or Slurm started this before, within the same launch: again, or as an earlier job of a chain."""
-    before = {"TORCHELASTIC_RESTART_COUNT": 0, "SLURM_RESTART_COUNT": 0, "SLURM_ARRAY_TASK_ID": 1}
+    """Whether the launcher, torchrun or Slurm has started this before within one launch, or as an earlier job of a chain."""
+    before = {"ANYSHARD_RESTART_COUNT": 0, "TORCHELASTIC_RESTART_COUNT": 0, "SLURM_RESTART_COUNT": 0, "SLURM_ARRAY_TASK_ID": 1}
     return any(int(environ.get(name) or "0") > first for name, first in before.items())
 
 

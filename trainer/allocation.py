@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 MARGIN_S = 60.0
-"""How long before the end a run stops by itself, unless that is more than a tenth of what is left when it starts."""
+"""How long before the end a run stops by itself: at most a tenth of what is left when it starts, unless saves take longer."""
+
+SAFETY = 1.5
+"""How much longer than the last save the next one may take: other jobs write to the same disks."""
 
 
 @dataclass
@@ -19,18 +22,26 @@ class Allocation:
     Attributes:
         job_id: of Slurm.
         ends_at: as `time.time()`.
+        margin_s: the least time before the end at which a run stops.
+        most_s: the most, where a save is known to take longer than `margin_s`; None keeps to `margin_s`.
     """
 
     job_id: str
     ends_at: float
     margin_s: float
+    most_s: float | None = None
 
-    def is_over(self) -> bool:
-        """Whether it is time to stop. The limit is looked up again before, since it can be changed while a job runs."""
-        if time.time() < self.ends_at - self.margin_s:
+    def is_over(self, needed_s: float = 0.0) -> bool:
+        """Whether it is time to stop. The limit is looked up again before, since it can be changed while a job runs.
+
+        Args:
+            needed_s: what the present step and a save take, as far as is known.
+        """
+        margin_s = self.margin_s if self.most_s is None else min(max(self.margin_s, SAFETY * needed_s), self.most_s)
+        if time.time() < self.ends_at - margin_s:
             return False
         self.ends_at = job_end(self.job_id) or self.ends_at
-        return time.time() >= self.ends_at - self.margin_s
+        return time.time() >= self.ends_at - margin_s
 
 
 def find_allocation(environ: Mapping[str, str], margin_s: float | None) -> Allocation | None:
@@ -43,9 +54,10 @@ def find_allocation(environ: Mapping[str, str], margin_s: float | None) -> Alloc
     end = job_end(job_id) if job_id else None
     if job_id is None or end is None:
         return None
-    if margin_s is None:
-        margin_s = min(MARGIN_S, max(end - time.time(), 0) / 10)
-    return Allocation(job_id, end, margin_s)
+    if margin_s is not None:
+        return Allocation(job_id, end, margin_s)
+    left_s = max(end - time.time(), 0)
+    return Allocation(job_id, end, min(MARGIN_S, left_s / 10), most_s=left_s / 2)
 
 
 def job_end(job_id: str) -> float | None:

@@ -36,7 +36,7 @@ def evaluate(
     first one with weight 0.
 
     Args:
-        on_batch: called after each forward pass.
+        on_batch: called after each forward pass; where it raises, on every rank, the model is left in evaluation mode.
 
     Collective: every rank calls it; it blocks.
     """

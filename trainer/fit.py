@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +22,14 @@ import torch.distributed as dist
 from anyshard.configs import frozen, rules, schema, world
 from anyshard.configs.errors import AnyshardError
 from anyshard.configs.registry import lookup
+from anyshard.configs.relayout import relayout
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
 from anyshard.offload.op_cache import needed_ops, op_env, remove_stale_locks, status
 from anyshard.offload.ops import build
 from anyshard.parallel import comm
 from anyshard.parallel.groups import Groups, create_groups
-from anyshard.parallel.rank_env import RankEnv, discover
+from anyshard.parallel.rank_env import RankEnv, discover, host_name
 from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer import lm
 from anyshard.trainer.allocation import find_allocation
@@ -48,12 +48,14 @@ from anyshard.trainer.engine import Engine, build_engine, require_dtype
 from anyshard.trainer.metrics import Reporter
 from anyshard.trainer.models.describe import describe_model
 from anyshard.trainer.models.hf import hf_config
+from anyshard.trainer.node_check import OnLost, check_nodes, listen_to_nodes
 from anyshard.trainer.peak import device_peak_flops
 from anyshard.trainer.planning import counted_flops_per_token, planned_flops_per_token, start_planning
 from anyshard.trainer.restore import describe_layout, is_in_memory, layout_of, restore
 from anyshard.trainer.saves import GRACE_S, Saves
+from anyshard.trainer.signals import Signals
 from anyshard.trainer.state import Progress, seed_everything
-from anyshard.trainer.stop import Signals, StopControl
+from anyshard.trainer.stop import StopControl
 from anyshard.trainer.task import Task
 from anyshard.trainer.tracking import build_trackers
 from anyshard.trainer.trainer import Outcome, Trainer
@@ -90,10 +92,14 @@ def fit(
         CheckpointError: no checkpoint could be restored, or the last one not written.
         TrainError: the loss is not finite, or a callback failed.
     """
-    if signals is None:
-        signals = Signals()
-        signals.install()
-    return fit_as_process(config, task, signals=signals)
+    if signals is not None:
+        return fit_as_process(config, task, signals=signals)
+    signals = Signals()
+    signals.install()
+    try:
+        return fit_as_process(config, task, signals=signals)
+    finally:
+        signals.uninstall()
 
 
 def fit_as_process(
@@ -104,6 +110,7 @@ def fit_as_process(
     overrides: Sequence[str] = (),
     timeout_s: float | None = None,
     on_agreed: Callable[[Path], None] | None = None,
+    on_lost: OnLost = lambda error, host: logger.error("%s", error),
 ) -> Outcome:
     """`fit` for a process that is nothing but this rank.
 
@@ -111,6 +118,7 @@ def fit_as_process(
         overrides: what made `config`, for overrides.yaml.
         timeout_s: `launch.timeout_s`, where `config` is not known before the ranks have met.
         on_agreed: called with the run directory once it is known and locked, before anything long begins; None for the library.
+        on_lost: called when a host does not answer any more.
 
     Raises:
         AnyshardError: as `fit`.
@@ -118,12 +126,11 @@ def fit_as_process(
     started_s = time.monotonic()
     rank = _join(config, started_s, timeout_s)
     with contextlib.ExitStack() as held:
-        held.callback(setattr, signals, "training", False)
         agreed = _agree(config, rank, held, overrides)
         if on_agreed is not None:
             on_agreed(frozen.run_dir_of(agreed))
         _build_ops(needed_ops(agreed, rank.device.type), rank.env)
-        return _fit(agreed, task, rank, signals, as_process=on_agreed is not None)
+        return _fit(agreed, task, rank, signals, on_lost, as_process=on_agreed is not None)
 
 
 def _join(config: schema.Config | Callable[[], schema.Config], started_s: float, timeout_s: float | None) -> Rank:
@@ -184,7 +191,9 @@ def _agree(
 def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overrides: Sequence[str]) -> schema.Config:
     """Resolve what depends on the ranks that are here, check, and write the run directory unless it is frozen."""
     nodes, procs = rank.env.world_size // rank.env.local_world_size, rank.env.local_world_size
-    config = world.adopt_ranks(config, nodes=nodes, procs_per_node=procs)
+    config, notes = relayout(world.adopt_ranks(config, nodes=nodes, procs_per_node=procs))
+    for note in notes:
+        print(note, flush=True)
     rules.require(config)
     run_dir = frozen.run_dir_of(config)
     launched = LAUNCHER_VARIABLE in os.environ
@@ -199,7 +208,9 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
     return config
 
 
-def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals, *, as_process: bool) -> Outcome:
+def _fit(
+    config: schema.Config, task: Task | None, rank: Rank, signals: Signals, on_lost: OnLost, *, as_process: bool
+) -> Outcome:
     run_dir = frozen.run_dir_of(config)
     groups = create_groups(mesh_of(config), rank.env.rank)
     batch = plan_batch(config.train, groups.mesh.dp)
@@ -208,9 +219,11 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals,
     first = rank.env.rank == 0
     trackers = build_trackers(config, run_dir, rank=rank.env.rank)
     with Reporter(run_dir, rank=rank.env.rank, max_steps=config.train.max_steps, trackers=trackers) as reporter:
-        reporter.event("start", world_size=rank.env.world_size, zero=config.zero.stage, pid=os.getpid())
+        hosts = _hosts(rank)
+        reporter.event("start", world_size=rank.env.world_size, zero=config.zero.stage, pid=os.getpid(), hosts=hosts)
         what = f"{config.model.name} on {config.data.name}" if task is None else "a model and data of your own"
-        reporter.say("\n".join([_banner(config, what, batch, rank), *_drawn_mesh(groups, rank)]))
+        reporter.say("\n".join([_banner(config, what, batch, rank), *_drawn_mesh(groups, rank, hosts)]))
+        check_nodes(config, rank.env, rank.device, reporter)
         require_dtype(config.precision.dtype)
         seed_everything(config.seed, "model")
         data_fingerprint = None
@@ -233,7 +246,8 @@ def _fit(config: schema.Config, task: Task | None, rank: Rank, signals: Signals,
             require_whole_sequences(config)
             task = fitted(task, ds_config, config, groups)
         engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
-        return _train(config, task, engine, batch, callbacks, rank, signals, reporter, data_fingerprint)
+        with listen_to_nodes(config, rank.env, rank.control, hosts, reporter, on_lost):
+            return _train(config, task, engine, batch, callbacks, rank, signals, reporter, data_fingerprint)
 
 
 def _train(
@@ -329,6 +343,7 @@ def _train(
             outcome = trainer.run()
         finally:
             saves.drain(GRACE_S)
+            signals.over = True
     if memory is not None:
         memory.discard()
     return outcome
@@ -369,13 +384,21 @@ def _banner(config: schema.Config, what: str, batch: BatchPlan, rank: Rank) -> s
     )
 
 
-def _drawn_mesh(groups: Groups, rank: Rank) -> list[str]:
-    """Which rank is where, on which host; nothing for data parallelism alone. Collective."""
+def _hosts(rank: Rank) -> list[str]:
+    """The host of each node, in the order of the ranks. Collective: it blocks."""
+    if rank.env.world_size == rank.env.local_world_size:
+        return [host_name(os.environ)]
+    hosts: list[str] = [""] * rank.env.world_size
+    dist.all_gather_object(hosts, host_name(os.environ), group=rank.control)
+    return hosts[:: rank.env.local_world_size]
+
+
+def _drawn_mesh(groups: Groups, rank: Rank, hosts: Sequence[str]) -> list[str]:
+    """Which rank is where, on which host; nothing for data parallelism alone."""
     if groups.mesh.dp == groups.mesh.world_size:
         return []
-    hosts: list[str] = [""] * rank.env.world_size
-    dist.all_gather_object(hosts, socket.gethostname(), group=rank.control)
-    return [f"  {line}" for line in shorten(draw(groups.mesh, hosts))]
+    by_rank = [host for host in hosts for _ in range(rank.env.local_world_size)]
+    return [f"  {line}" for line in shorten(draw(groups.mesh, by_rank))]
 
 
 def _silent(text: str) -> None:

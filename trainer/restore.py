@@ -67,6 +67,7 @@ def restore(
     restored = manager.restore(engine.ds, path)
     meta = restored.meta
     progress.step, progress.samples, progress.tokens = meta["step"], meta["samples"], meta["tokens"]
+    progress.evaluation = dict(meta.get("evaluation") or {})
     notes = list(restored.notes)
     here = layout_of(config, world_size)
     if restored.rank_meta and meta["layout"] == here:

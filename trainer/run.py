@@ -7,25 +7,23 @@ launcher shows.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from anyshard.configs import frozen
 from anyshard.configs.compose import compose, split_arguments
-from anyshard.configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, AnyshardError, ConfigError
+from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE, AnyshardError, ConfigError, HostLostError
 from anyshard.configs.writing import writing
 from anyshard.parallel.parent import signal_when_parent_dies
 from anyshard.parallel.rank_env import is_restart, rank_of
-from anyshard.trainer.stop import Interrupted, Signals
+from anyshard.trainer.failing import record_failure
+from anyshard.trainer.signals import Interrupted, Signals
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +38,10 @@ def main(argv: list[str]) -> int:
         signal_when_parent_dies(signal.SIGTERM)
     stderr = os.dup(2)
     redirected = False
+
+    def lost(error: HostLostError, host: str) -> None:
+        _exit(record_failure(error, stderr, redirected=True, host=host))
+
     try:
         # the deepspeed launcher adds it, and says the same by LOCAL_RANK
         argv = [argument for argument in argv if not re.fullmatch(r"--local[-_]rank=\d+", argument)]
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
             redirected = True
             from anyshard.trainer.fit import fit_as_process
 
-            outcome = fit_as_process(config, signals=signals, on_agreed=lambda run_dir: None)
+            outcome = fit_as_process(config, signals=signals, on_agreed=lambda run_dir: None, on_lost=lost)
         else:
             from anyshard.trainer.fit import fit_as_process
 
@@ -74,12 +76,13 @@ def main(argv: list[str]) -> int:
                 overrides=overrides,
                 timeout_s=_timeout_s(overrides),
                 on_agreed=log_to,
+                on_lost=lost,
             )
     except Interrupted as interruption:
         logger.warning("%s", interruption)
         return stop_code(os.environ)
     except BaseException as error:
-        return _fail(error, stderr, redirected=redirected)
+        return _fail(error, stderr, redirected=redirected, interrupted=signals.received is not None and not signals.training)
     return stop_code(os.environ) if outcome.stopped else EXIT_DONE
 
 
@@ -120,28 +123,15 @@ def _redirect(run_dir: Path) -> None:
         logging.getLogger().addHandler(console)
 
 
-def _fail(error: BaseException, stderr: int, *, redirected: bool) -> int:
-    """Record why this rank ends, for the launcher; without one, tell it here. Returns the exit code.
+def _fail(error: BaseException, stderr: int, *, redirected: bool, interrupted: bool = False) -> int:
+    """Record why this rank ends; returns the exit code.
 
     Args:
-        redirected: standard error goes to the rank's log by now; `stderr` is where it went before.
+        interrupted: a signal had asked it to end before it began to train, which is why it ends, whatever came of it.
     """
-    code = error.exit_code if isinstance(error, AnyshardError) else EXIT_FAILED
-    text = str(error) if isinstance(error, AnyshardError) else "".join(traceback.format_exception(error)).rstrip()
-    rank = rank_of(os.environ)
-    if redirected:
-        with contextlib.suppress(OSError):  # the disk of the log may be full, which may be why this rank fails
-            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
-    folder = os.environ.get("ANYSHARD_ERRORS")
-    if folder is not None:
-        record = {"rank": rank, "time": time.time(), "exit_code": code, "kind": type(error).__name__, "message": text}
-        record["for_people"] = isinstance(error, AnyshardError)
-        partial = Path(folder, f"rank{rank:05d}.partial")
-        partial.write_text(json.dumps(record))
-        partial.replace(partial.with_suffix(".json"))
-    elif rank == 0 or not isinstance(error, AnyshardError):
-        os.write(stderr, f"rank {rank}: {type(error).__name__}: {text}\n".encode())
-    return code
+    if interrupted and not isinstance(error, AnyshardError):
+        return stop_code(os.environ)
+    return record_failure(error, stderr, redirected=redirected)
 
 
 def _exit(code: int) -> NoReturn:

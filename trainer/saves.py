@@ -34,6 +34,7 @@ class Saves:
     Attributes:
         last_good: the newest checkpoint that is known to be committed.
         num_failed: saves that failed.
+        last_save_s: how long the last one took from its begin to its commit.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Saves:
         restored: tuple[Path, int] | None,
         memory: CheckpointManager | None = None,
     ) -> None:
-        self._memory, self._in_memory = memory, list[PendingSave]()
+        self._memory, self._in_memory, self._last_in_memory = memory, list[PendingSave](), -1
         self._manager, self._ds, self._background, self._meta, self._warn = manager, ds, background, meta, warn
         self.last_good: Path | None = None
         self._last_step: int | None = None
         if restored is not None:
             self.last_good, self._last_step = restored
         self.num_failed = 0
+        self.last_save_s = 0.0
         self._pending: list[PendingSave] = []
         self._last_failed = False
         self._stall_s = 0.0
@@ -74,7 +76,7 @@ class Saves:
     def begin_in_memory(self, progress: Progress, callback_state: dict[str, Any]) -> None:
         """Save the present state to shared memory. Collective: every rank calls it at the same step; a failure is told."""
         assert self._memory is not None
-        started = time.perf_counter()
+        started, self._last_in_memory = time.perf_counter(), progress.step
         meta, rank_meta = self._meta(progress, callback_state), {"rng": rng_state()}
         self._in_memory.append(self._memory.begin(self._ds, step=progress.step, meta=meta, rank_meta=rank_meta))
         self._stall_s += time.perf_counter() - started
@@ -84,13 +86,19 @@ class Saves:
         if self._memory is not None:
             discard(self._memory.directory)
 
-    def finish(self, progress: Progress, callback_state: dict[str, Any]) -> None:
+    def finish(self, progress: Progress, callback_state: dict[str, Any], *, memory_first: bool = False) -> None:
         """Make the present state durable, unless it is. Collective: every rank calls it; it blocks.
+
+        Args:
+            memory_first: put it into shared memory before, where that is used: who is killed meanwhile loses nothing.
 
         Raises:
             CheckpointError: it could not be written, on any rank.
         """
         started = time.perf_counter()
+        if memory_first and self._memory is not None and self._last_in_memory != progress.step != self._last_step:
+            self.begin_in_memory(progress, callback_state)
+            self._memory.drain()
         self.drain()
         if self._last_step != progress.step or not self._manager.agree(not self._last_failed):
             meta, rank_meta = self._meta(progress, callback_state), {"rng": rng_state()}
@@ -113,7 +121,7 @@ class Saves:
             save = self._pending.pop(0)
             try:
                 self.last_good = save.result().path
-                self._last_failed = False
+                self._last_failed, self.last_save_s = False, save.took_s
             except CheckpointError as error:
                 self.num_failed += 1
                 self._last_failed = True

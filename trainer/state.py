@@ -87,6 +87,22 @@ def load_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_bytes_tensor(state["cuda"]))
 
 
+class RngMark:
+    """The generators of python, numpy and torch as they are now, to go back to; microseconds, unlike `rng_state`."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def go_back(self) -> None:
+        """Put them back."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
 def _encode(data: bytes) -> str:
     return base64.b64encode(data).decode()
 

@@ -2,8 +2,9 @@
 
 A wish comes from a signal to any rank, from the STOP or SAVE file in the run directory, from `stop.at_s`, or from the
 end of the job of Slurm. Every rank contributes its wishes to a small all-reduce on the control group and reads the result
-at a later step, so that nobody waits for it and everybody acts at the same step. That is each step, or every few where
-steps are so short that agreeing would be felt. `stop.at_step` needs no agreement.
+at a later micro-step, so that nobody waits for it and everybody acts at the same one. That is the next, or some later one
+where micro-steps are so short that agreeing would be felt. The batches of an evaluation count as micro-steps do.
+`stop.at_step` needs no agreement.
 """
 
 from __future__ import annotations
@@ -14,53 +15,23 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from anyshard.configs import schema
 from anyshard.trainer.allocation import Allocation
+from anyshard.trainer.signals import Signals
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
 AGREE_EVERY_S = 0.1
-"""Time between two agreements where steps are shorter: far below what anybody who asks for a stop notices."""
-
-
-class Interrupted(BaseException):
-    """A signal arrived before training began: nothing to save, leave at once (not an Exception: nobody may swallow it)."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(f"{signal.Signals(signum).name} before the first step")
-
-
-@dataclass
-class Signals:
-    """Signal handlers of this rank: before training a signal ends the process, while training it is a wish to stop."""
-
-    training: bool = False
-    received: int | None = None
-
-    def install(self) -> None:
-        """Handle TERM, INT, USR1, USR2 and HUP from now on; under nohup HUP stays ignored. Main thread only."""
-        for signum in SIGNALS:
-            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, self._handle)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is None:  # the first is the reason: others may follow while the ranks save and end
-            self.received = signum
-        if not self.training:
-            raise Interrupted(signum)
+"""Time between two agreements where micro-steps are shorter: far below what anybody who asks for a stop notices."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks agreed to do after the present step."""
+    """What all ranks agreed to do now that a step is done."""
 
     save: bool = False
     stop: str | None = None  # the reason
@@ -80,6 +51,10 @@ class StopControl:
         group: control group of all ranks, None when alone.
         started_s: `time.monotonic()` when the rank started, for `stop.at_s`.
         allocation: of Slurm; looked at by rank 0 alone.
+
+    Attributes:
+        reason: why the ranks stop, once they have agreed to.
+        needed_s: time that the present step and a save will take, as far as is known; the end of the job is that far away.
     """
 
     options: schema.Stop
@@ -89,36 +64,48 @@ class StopControl:
     rank: int
     started_s: float = field(default_factory=time.monotonic)
     allocation: Allocation | None = None
+    reason: str | None = None
+    needed_s: float = 0.0
+    _save_wished: bool = False
     _flags: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int32))
     _work: dist.Work | None = None
-    _steps_to_go: int = 1  # until the next agreement
-    _interval: int = 1  # steps between the last agreement and the next one
+    _polls_to_go: int = 1  # until the next agreement
+    _interval: int = 1  # polls between the last agreement and the next one
     _begun_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        # texts, since a Path would be made and turned into one at every step
+        # texts, since a Path would be made and turned into one at every micro-step
         self._stop_file, self._save_file = str(self.run_dir / "STOP"), str(self.run_dir / "SAVE")
 
-    def decide(self, step: int) -> Decision:
-        """What to do now that `step` is done.
+    def poll(self) -> str | None:
+        """A micro-step is done, or a batch of an evaluation: the reason to stop now, if the ranks have agreed on one.
 
-        Collective: every rank calls it once a step; it waits only for an all-reduce begun at an earlier step.
+        Collective: every rank calls it equally often; it waits only for an all-reduce begun at an earlier call.
         """
-        agreed = self._agreed()
+        if self.reason is None:
+            signum, stop_file, save_file, late = self._agreed()
+            self._save_wished = self._save_wished or bool(save_file)
+            if signum:
+                self.reason = f"signal {signal.Signals(signum).name}"
+            elif stop_file:
+                self.reason = f"file {self._stop_file}"
+            elif late:
+                self.reason = "the time limit of the job" if late == _JOB_ENDS else f"stop.at_s={self.options.at_s:g}"
+        return self.reason
+
+    def new_pace(self) -> None:
+        """What comes now takes another time than what was before: agree at the next poll. Every rank calls it."""
+        self._polls_to_go, self._interval, self._begun_s = 1, 1, time.monotonic()
+
+    def decide(self, step: int) -> Decision:
+        """What to do now that `step` is done, its last micro-step included. Collective: as `poll`, which it calls."""
+        self.poll()
         if self.options.at_step is not None and step >= self.options.at_step:
-            return Decision(stop=f"stop.at_step={self.options.at_step}")
-        if agreed == NO_WISHES:
-            return GO_ON
-        signum, stop_file, save_file, late = agreed
-        if signum:
-            return Decision(stop=f"signal {signal.Signals(signum).name}")
-        if stop_file:
-            return Decision(stop=f"file {self._stop_file}")
-        if late == _JOB_ENDS:
-            return Decision(stop="the time limit of the job")
-        if late:
-            return Decision(stop=f"stop.at_s={self.options.at_s:g}")
-        return Decision(save=bool(save_file))
+            self.reason = f"stop.at_step={self.options.at_step}"
+        if self.reason is not None:
+            return Decision(stop=self.reason)
+        save, self._save_wished = self._save_wished, False
+        return Decision(save=save) if save else GO_ON
 
     def done(self) -> None:
         """The run has stopped with its state saved: a STOP file would only end the next start as well."""
@@ -128,7 +115,7 @@ class StopControl:
     def _wishes(self) -> tuple[int, int, int, int]:
         first = self.rank == 0
         late = int(self.options.at_s is not None and time.monotonic() - self.started_s >= self.options.at_s)
-        if first and self.allocation is not None and self.allocation.is_over():
+        if first and self.allocation is not None and self.allocation.is_over(self.needed_s):
             late = _JOB_ENDS
         return (
             self.signals.received or 0,
@@ -146,24 +133,24 @@ class StopControl:
     def _agreed(self) -> tuple[int, ...]:
         if self.group is None:
             return self._wishes()
-        self._steps_to_go -= 1
-        if self._steps_to_go:
+        self._polls_to_go -= 1
+        if self._polls_to_go:
             return NO_WISHES
         agreed: tuple[int, ...] = NO_WISHES
-        flags = torch.tensor((*self._wishes(), self._steps_wished()), dtype=torch.int32)
+        flags = torch.tensor((*self._wishes(), self._polls_wished()), dtype=torch.int32)
         if self._work is not None:
             self._work.wait()
             *wishes, self._interval = self._flags.tolist()
             agreed = tuple(wishes)
-        self._steps_to_go, self._flags = self._interval, flags
+        self._polls_to_go, self._flags = self._interval, flags
         self._work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed
 
-    def _steps_wished(self) -> int:
-        """Steps until the next agreement as this rank would have it; the ranks take the most that one of them wishes."""
+    def _polls_wished(self) -> int:
+        """Polls until the next agreement as this rank would have it; the ranks take the most that one of them wishes."""
         now = time.monotonic()
-        step_s, self._begun_s = (now - self._begun_s) / self._interval, now
-        return max(1, int(AGREE_EVERY_S / max(step_s, 1e-3)))
+        poll_s, self._begun_s = (now - self._begun_s) / self._interval, now
+        return max(1, int(AGREE_EVERY_S / max(poll_s, 1e-3)))
 
     def drain(self) -> None:
         """Wait for the last all-reduce. Collective: every rank calls it once, at the end of the loop."""

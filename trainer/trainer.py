@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyshard.configs import schema
 from anyshard.configs.errors import TrainError
@@ -21,7 +22,7 @@ from anyshard.trainer.engine import Engine, mean_over_ranks, sum_over_data
 from anyshard.trainer.evaluate import evaluate
 from anyshard.trainer.metrics import Reporter, peak_memory_gib
 from anyshard.trainer.saves import Saves
-from anyshard.trainer.state import Progress
+from anyshard.trainer.state import Progress, RngMark
 from anyshard.trainer.stop import StopControl
 from anyshard.trainer.task import Batch, Task
 from anyshard.trainer.watchdog import Watchdog
@@ -55,6 +56,10 @@ class Window:
     skipped_before: int = 0  # steps that DeepSpeed had dropped by then
     data_wait_s: float = 0.0
     other_s: float = 0.0  # evaluation and saves: not part of a step
+
+
+class _StopNow(Exception):
+    """The ranks have agreed to stop in the middle of a step or of an evaluation."""
 
 
 class Trainer:
@@ -91,6 +96,11 @@ class Trainer:
         self._window = Window()
         self._watchdog = Watchdog(config.train.detect_hang_s, self._tell_hang)
         self._tokens_per_step = batch.global_batch_size * task.tokens_per_sample
+        # a step that is left in the middle must leave no trace; in a pipeline the ranks are never at the same micro-step
+        self._has_stages = engine.groups.mesh.pp > 1
+        self._may_leave_a_step = not (
+            batch.accumulation_steps == 1 or self._has_stages or _changes_in_forward(engine.ds.module)
+        )
 
     def run(self) -> Outcome:
         """Train until `train.max_steps` or until the ranks agree to stop. Collective: every rank calls it."""
@@ -105,13 +115,16 @@ class Trainer:
         self._window = Window(skipped_before=self.engine.skipped_steps)
         with self._watchdog:
             self._loop()
-            self.stops.drain()
             self._finish()
+            self.stops.drain()
         return self.outcome
 
     def _loop(self) -> None:
-        while self.progress.step < self.config.train.max_steps:
+        self._evaluate_if_due(again=False)  # where the run was stopped before it could
+        while self.progress.step < self.config.train.max_steps and not self.outcome.stopped:
             record = self._step()
+            if self.outcome.stopped:
+                break
             self.saves.after_step(will_save=self.config.checkpoint.every_steps > 0)
             self.callbacks.call("on_step_end", self, record)
             decision = self.stops.decide(self.progress.step)
@@ -129,16 +142,32 @@ class Trainer:
         )
 
     def _step(self) -> dict[str, Any] | None:
-        """One optimizer step; returns its record when it is a logged one."""
+        """One optimizer step; returns its record when it is a logged one.
+
+        Where the ranks agree to stop in the middle of it, `outcome.stopped` is set and the state is that before the step.
+        """
         window, step = self._window, self.progress.step
         logged = self._is_logged(step + 1)
+        mark = RngMark() if self._may_leave_a_step else None
         started = time.perf_counter()
         micro_batches = self.loader.step(self.progress.samples)
         window.data_wait_s += time.perf_counter() - started
         self._check_data(micro_batches, step)
         lr = self.engine.set_lr(self.schedule(step))
         scales = self._scales(micro_batches)
-        losses, norm = self.engine.train_step(self.task.loss, micro_batches, scales, logged=logged, beat=self._watchdog.beat)
+        done = itertools.count(1)
+
+        def beat() -> None:
+            self._watchdog.beat()
+            if mark is not None and next(done) < len(micro_batches) and self.stops.poll():
+                raise _StopNow
+
+        try:
+            losses, norm = self.engine.train_step(self.task.loss, micro_batches, scales, logged=logged, beat=beat)
+        except _StopNow:
+            assert mark is not None
+            self._leave_step(mark)
+            return None
         self.progress.step += 1
         self.progress.evaluation = {}
         self.progress.samples += self.batch.global_batch_size
@@ -152,6 +181,13 @@ class Trainer:
         every, mesh = self.config.train.check_data_every_steps, self.engine.groups.mesh
         if every and step % every == 0 and mesh.world_size > mesh.dp:
             require_same_data(micro_batches, mesh, step + 1)
+
+    def _leave_step(self, mark: RngMark) -> None:
+        """Stop before the step is done: its gradients are dropped, its samples come again."""
+        mark.go_back()
+        if self.progress.step:
+            self.engine.set_lr(self.schedule(self.progress.step - 1))
+        self.outcome.stopped = self.stops.reason
 
     def _is_logged(self, step: int) -> bool:
         train = self.config.train
@@ -196,6 +232,7 @@ class Trainer:
             record["train/skipped_steps"] = self.engine.skipped_steps
         if self.saves.num_failed:
             record["ckpt/failed"] = self.saves.num_failed
+        self.stops.needed_s = 2 * step_s + self.saves.last_save_s
         self.outcome.loss = loss
         self.reporter.step(record)
         if config.train.detect_nan:
@@ -233,12 +270,13 @@ class Trainer:
 
     def _between_steps(self, *, save_wished: bool) -> None:
         """Evaluate and save where it is time; neither counts as step time."""
-        train, every, step = self.config.train, self.config.checkpoint.every_steps, self.progress.step
-        if step == train.max_steps:
+        every, step = self.config.checkpoint.every_steps, self.progress.step
+        if step == self.config.train.max_steps:
             return
         started = time.perf_counter()
-        if train.eval_every_steps and step % train.eval_every_steps == 0:
-            self.evaluate()
+        self._evaluate_if_due()
+        if self.outcome.stopped:
+            return
         if save_wished or (every and step % every == 0):
             with self._watchdog.paused():
                 self.saves.begin(self.progress, self.callbacks.state_dict())
@@ -248,19 +286,46 @@ class Trainer:
                 self.saves.begin_in_memory(self.progress, self.callbacks.state_dict())
         self._window.other_s += time.perf_counter() - started
 
+    def _evaluate_if_due(self, *, again: bool = True) -> None:
+        """Evaluate after every so many steps.
+
+        Args:
+            again: also where the checkpoint that the run goes on from was saved after that evaluation.
+        """
+        every, step = self.config.train.eval_every_steps, self.progress.step
+        if (
+            every
+            and step
+            and step % every == 0
+            and step < self.config.train.max_steps
+            and (again or not self.progress.evaluation)
+        ):
+            self.evaluate()
+
     def evaluate(self) -> None:
-        """Evaluate on the validation data, if there is any. Collective: every rank calls it."""
+        """Evaluate on the validation data, if there is any. Collective: every rank calls it.
+
+        Where the ranks agree to stop meanwhile it ends there, with no numbers, and `outcome.stopped` is set.
+        """
         samples = self.config.train.eval_samples
         if self.task.validation_data is None or samples == 0:
             return
-        numbers = evaluate(
-            self.engine,
-            self.task,
-            samples=samples,
-            micro_batch_size=self.batch.micro_batch_size,
-            device=self.device,
-            on_batch=self._watchdog.beat,
-        )
+        self.stops.new_pace()
+        try:
+            numbers = evaluate(
+                self.engine,
+                self.task,
+                samples=samples,
+                micro_batch_size=self.batch.micro_batch_size,
+                device=self.device,
+                on_batch=self._evaluated_batch,
+            )
+        except _StopNow:
+            self.engine.ds.train()
+            self.outcome.stopped = self.stops.reason
+            return
+        finally:
+            self.stops.new_pace()
         self.outcome.evaluation = self.progress.evaluation = numbers
         record = {
             "step": self.progress.step,
@@ -270,14 +335,22 @@ class Trainer:
         self.callbacks.call("on_evaluation", self, record)
         self.reporter.evaluation(record)
 
-    def save(self) -> None:
+    def _evaluated_batch(self) -> None:
+        self._watchdog.beat()
+        if not self._has_stages and self.stops.poll():
+            raise _StopNow
+
+    def save(self, *, memory_first: bool = False) -> None:
         """Make the present state durable, unless it is. Collective: every rank calls it; it blocks until it is committed.
+
+        Args:
+            memory_first: before that to shared memory, where the run keeps checkpoints there: time may be short.
 
         Raises:
             CheckpointError: it could not be written, on any rank.
         """
         with self._watchdog.paused():
-            self.saves.finish(self.progress, self.callbacks.state_dict())
+            self.saves.finish(self.progress, self.callbacks.state_dict(), memory_first=memory_first)
 
     def _finish(self) -> None:
         step = self.progress.step
@@ -289,14 +362,21 @@ class Trainer:
             self.outcome.checkpoint = self.saves.last_good
 
     def _end(self, step: int) -> None:
+        if not self.outcome.stopped:
+            self.evaluate()
         if self.outcome.stopped:
             self.reporter.say(f"stopping after step {step}: {self.outcome.stopped}")
-            self.save()
+            if step:
+                self.save(memory_first=True)
             self.stops.done()
             self.reporter.event("stop", step=step, reason=self.outcome.stopped)  # last: it tells that the state is saved
             return
-        self.evaluate()
         if self.config.checkpoint.at_end:
             self.save()
         self.callbacks.call("on_train_end", self)
         self.reporter.event("done", step=step, **self.outcome.evaluation)
+
+
+def _changes_in_forward(module: nn.Module) -> bool:
+    """Whether a forward pass may change what a checkpoint holds: running statistics and other buffers that are stored."""
+    return any(name not in part._non_persistent_buffers_set for part in module.modules() for name in part._buffers)

@@ -239,7 +239,7 @@ def test_a_run_with_background_saves_is_the_run_without(tmp_path: Path, zero: in
 def fit_on_a_full_disk(run_dir: str) -> None:
     from anyshard import compose, fit
     from anyshard.trainer.checkpoint import storage
-    from anyshard.trainer.stop import Signals
+    from anyshard.trainer.signals import Signals
 
     real = os.posix_fallocate
 

@@ -26,7 +26,7 @@ def die_after(run_dir: str, overrides: list[str], step: int) -> None:
 
     from anyshard import compose, fit
     from anyshard.trainer.saves import Saves
-    from anyshard.trainer.stop import Signals
+    from anyshard.trainer.signals import Signals
 
     real = Saves.begin_in_memory
 

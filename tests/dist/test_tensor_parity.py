@@ -170,7 +170,7 @@ def _what_a_rank_sees(run_dir: str) -> dict[str, Any]:
     from anyshard.trainer.data.build import build_data
     from anyshard.trainer.lm import build_lm_task
     from anyshard.trainer.models.hf import build
-    from anyshard.trainer.stop import Signals
+    from anyshard.trainer.signals import Signals
 
     overrides = [
         "train.max_steps=2",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 from helpers.cli import anyshard, environment, finish, happened, rank_pids, start, steps, wait_for
 
@@ -90,3 +91,37 @@ def test_mpirun_by_hand(tmp_path, mpirun):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert happened(tmp_path / "run", "start")[0]["world_size"] == 2
+
+
+@pytest.mark.slow  # torchrun waits half a minute for a node that might come back
+def test_the_nodes_that_are_left_go_on_without_the_lost_one(tmp_path):
+    run = tmp_path / "run"
+    nodes = ["launch=torchrun", "launch.nodes=2", "launch.min_nodes=1", "launch.procs_per_node=1", "launch.max_restarts=3"]
+    more = [
+        "launch.torchrun.host=127.0.0.1",
+        f"launch.port={free_port()}",
+        "train.max_steps=100000",
+        "checkpoint.every_steps=5",
+    ]
+    first = start("train", *BRIEF, *nodes, *more, cwd=tmp_path)
+    wait_for(lambda: (run / "logs/launcher.log").exists(), first)
+    command = [sys.executable, "-m", "anyshard.launch.node", str(run), "--node-rank=1"]
+    second = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: len(happened(run, "commit")) >= 2, first)
+    assert happened(run, "start")[0]["world_size"] == 2
+    family = [second.pid, *(child.pid for child in psutil.Process(second.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    second.wait()
+    restored = wait_for(lambda: happened(run, "restore"), first, timeout_s=180)
+    assert restored[0]["step"] >= 10
+    assert (restored[0]["saved_layout"]["dp"], restored[0]["layout"]["dp"]) == (2, 1)
+    seen = len(steps(run))
+    wait_for(lambda: len(steps(run)) > seen, first)
+    first.terminate()
+    code, out, err = finish(first)
+    assert code == 75, out + err
+    tokens = {record["tokens"] // record["step"] for record in steps(run)}
+    assert len(tokens) == 1  # the global batch is what it was

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import textwrap
 
 import pytest
-from helpers.cli import SMOKE, anyshard, events, finish, happened, rank_pids, start, steps, wait_for
+from helpers.cli import SMOKE, anyshard, events, finish, happened, plugin, rank_pids, start, steps, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -175,21 +174,6 @@ def rank_pids_gone(run):
     import psutil
 
     return not any(str(run) in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
-
-
-def plugin(folder, name, methods):
-    """A callback of a user's own package, as pip would install it; returns the environment that finds it."""
-    site = folder / "site"
-    (site / f"{name}-1.0.dist-info").mkdir(parents=True)
-    (site / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (site / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(f"[anyshard.plugins]\ncallback.{name} = {name}:Mine\n")
-    (site / f"{name}.py").write_text(
-        "import os, time\n"
-        "from pathlib import Path\n"
-        "from anyshard.trainer.callbacks.base import Callback\n"
-        "class Mine(Callback):\n" + textwrap.indent(textwrap.dedent(methods), "    ")
-    )
-    return {"PYTHONPATH": str(site)}
 
 
 def at_step_3_of_rank_1(body):

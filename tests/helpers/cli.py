@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,18 @@ def rank_pids(launcher: subprocess.Popen[str]) -> list[int]:
         except (psutil.NoSuchProcess, KeyError):
             continue
     return [ranks[rank] for rank in sorted(ranks)]
+
+
+def plugin(folder: Path, name: str, methods: str) -> dict[str, str]:
+    """A callback of a user's own package, as pip would install it; returns the environment that finds it."""
+    site = folder / "site"
+    (site / f"{name}-1.0.dist-info").mkdir(parents=True)
+    (site / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (site / f"{name}-1.0.dist-info" / "entry_points.txt").write_text(f"[anyshard.plugins]\ncallback.{name} = {name}:Mine\n")
+    (site / f"{name}.py").write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from anyshard.trainer.callbacks.base import Callback\n"
+        "class Mine(Callback):\n" + textwrap.indent(textwrap.dedent(methods), "    ")
+    )
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}

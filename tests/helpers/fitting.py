@@ -14,7 +14,7 @@ TINY = ["debug=smoke", "train.log_every_steps=1", "train.eval_samples=0", "check
 def fit_here(overrides: list[str], run_dir: str) -> dict[str, Any]:
     """On a rank: train; returns how it ended."""
     from anyshard import compose, fit
-    from anyshard.trainer.stop import Signals
+    from anyshard.trainer.signals import Signals
 
     outcome = fit(compose([*TINY, f"run.dir={run_dir}", *overrides]), signals=Signals())
     return {"step": outcome.step, "stopped": outcome.stopped, "evaluation": outcome.evaluation}

@@ -67,6 +67,7 @@ class PendingSave:
         self.snapshot: Snapshot | None = None
         self.captured: Captured | None = None
         self.refused: Exception | None = None  # what went wrong while it was captured
+        self.took_s = 0.0  # once it is finished
         self._outcome: tuple[Path, int] | CheckpointError | None = None
         self._finished = threading.Event()
 
@@ -104,7 +105,7 @@ class PendingSave:
     def finish(self, outcome: tuple[Path, int] | CheckpointError) -> None:
         """Tell those who wait, and let go of the state."""
         self.begin_stall_s, self.snapshot, self.captured = self.stall_s, None, None
-        self._outcome = outcome
+        self._outcome, self.took_s = outcome, self.age_s
         self._finished.set()
 
 

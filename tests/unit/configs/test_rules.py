@@ -43,6 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
     # ranks and batch
     ({"launch.nodes": 2, "launch.min_nodes": 3}, "launch.min_nodes", "Set it to at most 2"),
+    ({"launch.nodes": 2, "launch.max_nodes": 1}, "launch.max_nodes", "Set it to at least 2"),
     (
         {"parallel.dp": 4, "launch.procs_per_node": 2},
         "parallel.dp",

@@ -44,11 +44,20 @@ def test_ranks_that_were_not_asked_for_are_refused() -> None:
     config.launch.min_nodes = 2
     with pytest.raises(ConfigError, match=r"launch\.min_nodes=2: 1 nodes are here\. Lower it"):
         adopt_ranks(config, nodes=1, procs_per_node=4)
+    with pytest.raises(ConfigError, match=r"launch\.max_nodes=2: 3 nodes are here\. Raise it"):
+        adopt_ranks(config, nodes=3, procs_per_node=4)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 def test_dp_follows_the_nodes_that_are_here(nodes: int) -> None:
-    config = make_config({"launch.nodes": 2, "launch.procs_per_node": 4, "parallel.dp": 8, "launch.min_nodes": 1})
+    range_ = {"launch.min_nodes": 1, "launch.max_nodes": 3}
+    config = make_config({"launch.nodes": 2, "launch.procs_per_node": 4, "parallel.dp": 8, **range_})
     adopted = adopt_ranks(config, nodes=nodes, procs_per_node=4)
     assert (adopted.launch.nodes, adopted.parallel.dp) == (nodes, 4 * nodes)
     assert config.parallel.dp == 8
+
+
+def test_a_run_that_shrank_may_grow_again() -> None:
+    config = make_config({"launch.nodes": 2, "launch.procs_per_node": 4, "parallel.dp": 8, "launch.min_nodes": 1})
+    shrunk = adopt_ranks(config, nodes=1, procs_per_node=4)
+    assert adopt_ranks(shrunk, nodes=2, procs_per_node=4).parallel.dp == 8

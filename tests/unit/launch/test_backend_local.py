@@ -64,7 +64,7 @@ def record(logs, rank, time, *, kind="RuntimeError", code=1, message="boom", for
 
 
 def conclude(logs, returncode=1, *, wished=False, report=""):
-    return backend_local._conclude(returncode, logs, logs / "errors", wished=wished, report=report)
+    return backend_local._conclude(returncode, logs / "logs", logs / "errors", wished=wished, report=report)
 
 
 def killed(rank, code):
@@ -100,8 +100,8 @@ def test_an_error_for_people_is_shown_without_traceback(tmp_path, capsys):
     ],
 )
 def test_the_exit_code_of_a_stop(tmp_path, events, wished, code):
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
-    assert conclude(tmp_path / "logs", wished=wished) == code
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event, "step": 1}) + "\n" for event in events))
+    assert conclude(tmp_path, wished=wished) == code
 
 
 def test_a_killed_rank_is_named_rather_than_those_that_missed_it(tmp_path, capsys):

@@ -52,3 +52,18 @@ def test_a_limit_that_was_raised_counts(squeue):
     squeue(15)
     allocation.ends_at = time.time() + 15
     assert allocation.is_over()
+
+
+def test_the_time_that_a_save_takes_is_left_for_it(squeue):
+    squeue(1000)
+    found = find_allocation({"SLURM_JOB_ID": "7"}, None)
+    assert not found.is_over(needed_s=300)
+    found.ends_at = time.time() + 440
+    squeue(440)
+    assert found.is_over(needed_s=300)
+    assert not found.is_over(needed_s=200)
+    squeue(1000)
+    found = find_allocation({"SLURM_JOB_ID": "7"}, 30.0)
+    assert not found.is_over(needed_s=900)  # what was asked for wins
+    found = find_allocation({"SLURM_JOB_ID": "7"}, None)
+    assert not found.is_over(needed_s=5000)  # and half of the time is for training

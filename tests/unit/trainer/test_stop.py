@@ -6,7 +6,8 @@ import pytest
 
 from anyshard.configs import schema
 from anyshard.trainer.allocation import Allocation
-from anyshard.trainer.stop import Decision, Interrupted, Signals, StopControl
+from anyshard.trainer.signals import Interrupted, Signals
+from anyshard.trainer.stop import Decision, StopControl
 
 
 @pytest.fixture
@@ -69,13 +70,12 @@ def test_a_signal_before_training_ends_the_process_at_once(handlers):
 
 def test_the_end_of_the_job_is_seen_by_rank_0(tmp_path):
     over, goes_on = Allocation("7", time.time() + 5, margin_s=10), Allocation("7", time.time() + 1000, margin_s=10)
-    stops = control(tmp_path)
+    stops, other = control(tmp_path), StopControl(schema.Stop(), tmp_path, Signals(training=True), None, 1)
     stops.allocation = goes_on
     assert stops.decide(1) == Decision()
-    stops.allocation = over
+    stops.allocation = other.allocation = over
     assert stops.decide(2).stop == "the time limit of the job"
-    stops.rank = 1
-    assert stops.decide(3) == Decision()
+    assert other.decide(2) == Decision()
 
 
 def test_the_first_signal_is_the_reason(tmp_path, handlers):
@@ -85,3 +85,42 @@ def test_the_first_signal_is_the_reason(tmp_path, handlers):
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
     assert control(tmp_path, signals).decide(1).stop == "signal SIGUSR2"
+
+
+def test_a_wish_counts_in_the_middle_of_a_step(tmp_path):
+    stops = control(tmp_path)
+    assert stops.poll() is None
+    (tmp_path / "SAVE").touch()
+    assert stops.poll() is None
+    assert not (tmp_path / "SAVE").exists()
+    assert stops.decide(1) == Decision(save=True)  # between two steps, where there is something to save
+    assert stops.decide(2) == Decision()
+    (tmp_path / "STOP").touch()
+    assert stops.poll() == f"file {tmp_path / 'STOP'}"
+    (tmp_path / "STOP").unlink()
+    assert stops.decide(3).stop == stops.poll() == f"file {tmp_path / 'STOP'}"  # what was agreed stays
+
+
+def test_a_slow_save_ends_the_run_earlier(tmp_path):
+    stops = control(tmp_path)
+    stops.allocation = Allocation("7", time.time() + 50, margin_s=10, most_s=90)
+    assert stops.poll() is None
+    stops.needed_s = 20
+    assert stops.poll() is None
+    stops.needed_s = 40
+    assert stops.poll() == "the time limit of the job"
+
+
+def test_signals_change_nothing_once_the_end_is_known(handlers):
+    signals = Signals(over=True)
+    signals.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received is None
+
+
+def test_a_library_gets_its_handlers_back(handlers):
+    signal.signal(signal.SIGTERM, before := lambda number, frame: None)
+    signals = Signals()
+    signals.install()
+    signals.uninstall()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -31,6 +31,7 @@ _OURS: dict[str, dict[str, str]] = {
     },
     "model": {"hf": "anyshard.trainer.models.hf:build"},
     "optimizer": {
+        "adagrad": "anyshard.trainer.optim.adagrad:build",
         "adamw": "anyshard.trainer.optim.adamw:build",
         "lion": "anyshard.trainer.optim.lion:build",
         "sgd": "anyshard.trainer.optim.sgd:build",

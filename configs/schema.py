@@ -189,7 +189,7 @@ class Data:
 class Optimizer:
     name: str = key(
         "adamw",
-        "Registered optimizer: adamw, lion, sgd, or a plugin's.",
+        "Registered optimizer: adamw, lion, sgd, adagrad, or a plugin's.",
         why="what Llama was trained with (arXiv 2302.13971, section 2.3)",
     )
     lr: float = key(3e-4, "Peak learning rate.", ge=0, why="GPT-3's at 350M (arXiv 2005.14165, table 2.1) and Llama 7B's")
@@ -198,7 +198,9 @@ class Optimizer:
         "Decay rates of the moments (adamw, lion): two numbers from 0 to below 1.",
         why="as GPT-3 and Llama (arXiv 2005.14165, appendix B; 2302.13971, section 2.3)",
     )
-    eps: float = key(1e-8, "Term added to the denominator (adamw).", gt=0, why="as Adam's paper (arXiv 1412.6980) and GPT-3")
+    eps: float = key(
+        1e-8, "Term added to the denominator (adamw, adagrad).", gt=0, why="as Adam's paper (arXiv 1412.6980) and GPT-3"
+    )
     momentum: float = key(0.9, "Momentum (sgd).", ge=0, le=1, why="as ResNet (arXiv 1512.03385, section 3.4)")
     weight_decay: float = key(
         0.1,

@@ -15,7 +15,7 @@ from anyshard.configs.registry import lookup, names
 from anyshard.trainer.optim.groups import param_groups
 from anyshard.trainer.optim.states import FP32_BYTES, STATES, state_bytes_per_param
 
-LR = {"adamw": 0.05, "lion": 0.01, "sgd": 0.05}
+LR = {"adamw": 0.05, "lion": 0.01, "sgd": 0.05, "adagrad": 0.5}
 CASES = list(itertools.product(names("optimizer"), (False, True)))
 
 

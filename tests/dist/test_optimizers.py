@@ -29,7 +29,7 @@ def _run(name: str, stage: int, offloaded: bool, steps: int) -> list[float]:
 
     cpu = torch.device("cpu")
     model = build(small_config("llama"), device=cpu, dtype=torch.float32)
-    keys = schema.Optimizer(name=name, lr={"sgd": 0.1}.get(name, 1e-3), weight_decay=0.1)
+    keys = schema.Optimizer(name=name, lr={"sgd": 0.1, "adagrad": 0.01}.get(name, 1e-3), weight_decay=0.1)
     groups = param_groups(model.named_parameters(), keys, {"model.embed_tokens.weight"})
     optimizer = lookup("optimizer", name, key="optimizer.name")(groups, keys, offloaded=offloaded, device=cpu)
     zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}

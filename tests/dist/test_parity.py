@@ -58,7 +58,8 @@ def test_how_a_step_is_computed_does_not_change_it(tmp_path, reference, option):
     assert curve(tmp_path / "run", [*BASE, option], 2) == pytest.approx(reference["train/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "sgd"])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "adagrad"])
 def test_other_optimizers_too(tmp_path, optimizer):
     base = [*BASE, f"optimizer={optimizer}", "optimizer.lr=1e-3"]
     reference = curve(tmp_path / "reference", [*base, "zero=z0"], 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers.optimizers import OPTIMIZERS
 from torch import nn
 
 GLOBAL_BATCH = 4
@@ -150,6 +151,8 @@ def build(layout: Layout, model: nn.Module | None = None, **optimizer_options: A
 def _optimizer(layout: Layout, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     from anyshard.trainer.optim.lion import Lion
 
+    if layout.optimizer in OPTIMIZERS:
+        return OPTIMIZERS[layout.optimizer](groups, **options)
     if layout.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, **options)
     if layout.offload:
@@ -200,7 +203,8 @@ def logical_state(engine: Any) -> dict[str, str]:
     slots, optimizer = layout.slots(engine), layout.inner_optimizer(engine)
     pieces = [
         (f.tensor.name, f.tensor.key, f.tensor.shape, f.box, f.start, f.view.detach().clone())
-        for f in optimizers.fragments(slots, optimizer) + layout.buffer_fragments(engine.module)
+        for f in optimizers.fragments(slots, optimizer, position=layout.position(engine))
+        + layout.buffer_fragments(engine.module)
     ]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, pieces)

@@ -334,6 +334,12 @@ def refresh(engine: Any) -> None:
         optimizer._hp_optimizer_states_linked = False
 
 
+def position(engine: Any) -> str:
+    """Where this rank stands among those that cut the parameters; of the ranks of one data-parallel group the same."""
+    tp_rank = 0 if engine.mpu is None else engine.mpu.get_tensor_model_parallel_rank()
+    return f"dp {engine.dp_world_size}, tp {tp_rank} of {engine.mp_world_size}"
+
+
 def describe(engine: Any) -> dict[str, Any]:
     """The layout of a live engine, for the record."""
     config = engine._config.zero_config

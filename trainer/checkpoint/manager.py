@@ -279,7 +279,12 @@ class CheckpointManager:
         """Write the stored state into this rank's tensors, groups and counters; returns notes."""
         record = found.commit.engine
         targets, notes = optimizers.create_states(
-            layout.slots(engine), optimizer, found.tensors(), found.scalars(), steps=int(record["optimizer_steps"])
+            layout.slots(engine),
+            optimizer,
+            found.tensors(),
+            found.scalars(),
+            steps=int(record["optimizer_steps"]),
+            position=layout.position(engine),
         )
         targets += layout.buffer_fragments(engine.module)
         notes += _dtype_notes(targets, found)

@@ -17,6 +17,15 @@ import torch
 from anyshard.configs.errors import CheckpointError
 from anyshard.trainer.checkpoint.layout import Fragment, Slot, param_fragment, state_fragment
 from anyshard.trainer.checkpoint.manifest import PARAM, Scalar, Tensor
+from anyshard.trainer.checkpoint.partitions import (
+    by_owner,
+    has_partitions,
+    is_torn,
+    is_whole,
+    name_of,
+    own_fragment,
+    stored_whole,
+)
 
 Number = int | float
 # Settings that choose an implementation, or that name things: they stay as the run that restores has them.
@@ -39,55 +48,90 @@ class Habits:
 
 
 _HABITS = {
-    "AdamW": Habits("adam", "tensor"),
-    "Adam": Habits("adam", "tensor"),
-    "FusedAdam": Habits("adam", "int"),
-    "DeepSpeedCPUAdam": Habits("adam", "int"),
-    "Lion": Habits("lion", "none"),
-    "FusedLion": Habits("lion", "int"),
+    "torch.AdamW": Habits("adam", "tensor"),
+    "torch.Adam": Habits("adam", "tensor"),
+    "deepspeed.FusedAdam": Habits("adam", "int"),
+    "deepspeed.DeepSpeedCPUAdam": Habits("adam", "int"),
+    "anyshard.Lion": Habits("lion", "none"),
+    "deepspeed.FusedLion": Habits("lion", "int"),
     # allocated and never read: deepspeed 0.19.8 ops/lion/cpu_lion.py:124
-    "DeepSpeedCPULion": Habits("lion", "int", frozenset({"exp_avg_sq"})),
-    "SGD": Habits("sgd", "none"),
+    "deepspeed.DeepSpeedCPULion": Habits("lion", "int", frozenset({"exp_avg_sq"})),
+    "torch.SGD": Habits("sgd", "none"),
+    "anyshard.Adagrad": Habits("adagrad", "none"),
 }
 
 
 def habits_of(optimizer: torch.optim.Optimizer) -> Habits:
-    """Habits by class name; an optimizer that is not known is taken at its word."""
-    name = type(optimizer).__name__
-    return _HABITS.get(name, Habits(name, "as stored"))
+    """Habits by package and class name (others have an AdamW too); an optimizer that is not known is taken at its word."""
+    kind = type(optimizer)
+    package = kind.__module__.partition(".")[0]
+    return _HABITS.get(f"{package}.{kind.__name__}", Habits(kind.__name__, "as stored"))
 
 
-def fragments(slots: Iterable[Slot], optimizer: torch.optim.Optimizer) -> list[Fragment]:
+def fragments(slots: Iterable[Slot], optimizer: torch.optim.Optimizer, *, position: str = "") -> list[Fragment]:
     """Live views of every slot's value and of its optimizer states.
 
-    Raises:
-        CheckpointError: a state has another shape than its parameter, so it cannot be cut as the parameter is.
+    Where a state has another shape than what it belongs to, all states of that are taken whole (`partitions.py`).
+
+    Args:
+        position: of this rank, from `layout.position`.
     """
-    unused = habits_of(optimizer).unused
+    slots = list(slots)
+    last = {id(owner): (owner, members) for owner, members in by_owner(slots)}
     found = []
     for slot in slots:
         found.append(param_fragment(slot))
         if slot.owner is None:
             continue
-        for key, value in optimizer.state.get(slot.owner, {}).items():
-            if key in unused or not isinstance(value, torch.Tensor) or _is_scalar(key, value, slot.owner):
-                continue
-            if value.shape != slot.owner.shape:
-                raise CheckpointError(
-                    f"The state {key!r} of {type(optimizer).__name__} for {slot.name} has shape {tuple(value.shape)}, "
-                    f"not that of its parameter {tuple(slot.owner.shape)}: it cannot be stored without a layout."
-                )
-            found.append(state_fragment(slot, key, value))
+        states = _tensor_states(slot.owner, optimizer)
+        if all(value.shape == slot.owner.shape for value in states.values()):
+            found += [state_fragment(slot, key, value) for key, value in states.items()]
+        elif last[id(slot.owner)][1][-1] is slot:
+            name = name_of(*last[id(slot.owner)], position)
+            found += [own_fragment(name, key, value, slot) for key, value in states.items()]
     return found
+
+
+def _tensor_states(owner: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    unused = habits_of(optimizer).unused
+    return {
+        key: value
+        for key, value in optimizer.state.get(owner, {}).items()
+        if key not in unused and isinstance(value, torch.Tensor) and not _is_scalar(key, value, owner)
+    }
+
+
+def left_out(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of states that are neither tensors nor numbers: they are not stored."""
+    kinds = (torch.Tensor, int, float, type(None))
+    return sorted({key for state in optimizer.state.values() for key, value in state.items() if not isinstance(value, kinds)})
 
 
 def _is_scalar(key: str, value: torch.Tensor, owner: torch.Tensor) -> bool:
     return value.dim() == 0 and (key == "step" or owner.dim() > 0)
 
 
-def scalars(slots: Iterable[Slot], optimizer: torch.optim.Optimizer) -> list[Scalar]:
+def scalars(slots: Iterable[Slot], optimizer: torch.optim.Optimizer, *, position: str = "") -> list[Scalar]:
     """Scalar states of this rank's parameters, those of equal value together."""
-    return scalars_of(((slot.owner, (slot.name,)) for slot in slots if slot.owner is not None), optimizer)
+    return scalars_of(owners(slots, optimizer, position=position), optimizer)
+
+
+def owners(
+    slots: Iterable[Slot], optimizer: torch.optim.Optimizer, *, position: str = ""
+) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
+    """What the optimizer steps, and the names that its scalar states go by: those of the parameters in it.
+
+    The partition's own name as well for an optimizer that is not known here: its partitions may differ in their scalars.
+    """
+    found = []
+    for owner, members in by_owner(slots):
+        names = [slot.name for slot in members]
+        if any(value.shape != owner.shape for value in _tensor_states(owner, optimizer).values()):
+            names = [name_of(owner, members, position)]
+        elif habits_of(optimizer).step == "as stored" and not is_whole(owner, members):
+            names.append(name_of(owner, members, position))
+        found.append((owner, tuple(names)))
+    return found
 
 
 def scalars_of(owners: Iterable[tuple[torch.Tensor, Iterable[str]]], optimizer: torch.optim.Optimizer) -> list[Scalar]:
@@ -111,38 +155,57 @@ def create_states(
     stored_scalars: Mapping[str, Mapping[str, Scalar]],
     *,
     steps: int,
+    position: str = "",
 ) -> tuple[list[Fragment], list[str]]:
     """Give every parameter the states that the checkpoint has for it, ready to be written into.
 
-    A state that exists is kept (its memory is written over), others are created as zeros.
+    A state that exists is kept (its memory is written over), others are created as zeros. What belongs to a partition that
+    this layout does not have is left as the optimizer made it.
 
     Args:
         stored: name -> state key -> tensor in the checkpoint.
         stored_scalars: name -> state key -> scalar.
         steps: steps that the optimizer took; for one that counts them, when the checkpoint's did not.
+        position: of this rank, from `layout.position`.
 
     Returns:
         Fragments to fill, and notes on what cannot be as it was.
     """
     habits = habits_of(optimizer)
     group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
-    by_owner: dict[int, list[Slot]] = defaultdict(list)
-    targets, notes = [], []
-    for slot in slots:
-        targets.append(param_fragment(slot))
-        if slot.owner is not None:
-            by_owner[id(slot.owner)].append(slot)
-    for members in by_owner.values():
-        owner = members[0].owner
-        assert owner is not None
-        keys = {key: None for slot in members for key in stored[slot.name] if key != PARAM and key not in habits.unused}
+    slots, some_elsewhere = list(slots), has_partitions(stored)
+    targets, notes, fresh = [param_fragment(slot) for slot in slots], [], []
+    for owner, members in by_owner(slots):
         before = dict(optimizer.state.get(owner, {}))
-        state: dict[str, Any] = {key: _state_tensor(before.get(key), owner) for key in keys}
-        values, more = _merge_scalars(members, stored_scalars)
-        notes += more
-        if keys or values:
-            # a ZeRO-3 group is empty between steps; its parameters share the device of the first group's
-            state |= _restored_scalars(values, habits, owner, group_of.get(id(owner), optimizer.param_groups[0]), steps)
+        # a ZeRO-3 group is empty between steps; its parameters share the device of the first group's
+        group = group_of.get(id(owner), optimizer.param_groups[0])
+        if own := stored_whole(owner, members, stored, position):
+            name, tensors = own
+            held = {tensor.key: _own_tensor(before.get(tensor.key), tensor, owner) for tensor in tensors}
+            values = _restored_scalars(stored_scalars.get(name, {}), habits, owner, group, steps)
+            optimizer.state[owner] = {**held, **values}
+            targets += [own_fragment(name, key, value, members[0]) for key, value in held.items()]
+            continue
+        if is_torn(members, stored, some_elsewhere=some_elsewhere):
+            fresh += [slot.name for slot in members]
+            continue
+        dtypes = {
+            key: tensor.dtype
+            for slot in members
+            for key, tensor in stored[slot.name].items()
+            if key != PARAM and key not in habits.unused
+        }
+        keys = list(dtypes)
+        state: dict[str, Any] = {
+            key: _state_tensor(before.get(key), owner, dtype if habits.step == "as stored" else None)
+            for key, dtype in dtypes.items()
+        }
+        found, more = _merge_scalars(members, stored_scalars)
+        exact = stored_scalars.get(name_of(owner, members, position))
+        if exact is None:
+            notes += more
+        if keys or found:
+            state |= _restored_scalars(exact or found, habits, owner, group, steps)
         optimizer.state[owner] = state
         for slot in members:
             here = [key for key in keys if key in stored[slot.name]]
@@ -154,13 +217,34 @@ def create_states(
                     state_fragment(slot, key, state[key]).view.zero_()
     if habits.kind == "adam" and habits.step == "int":
         _replay_bias_correction(optimizer)
-    return targets, notes
+    return targets, notes + _fresh_notes(fresh)
 
 
-def _state_tensor(before: Any, owner: torch.Tensor) -> torch.Tensor:
+def _state_tensor(before: Any, owner: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    """Memory for a state: what is there, or zeros of the stored dtype (None: of the parameter's)."""
     if isinstance(before, torch.Tensor) and before.shape == owner.shape:
         return before
-    return torch.zeros_like(owner, memory_format=torch.preserve_format, requires_grad=False)
+    kind = owner.dtype if dtype is None else getattr(torch, dtype)
+    return torch.zeros_like(owner, dtype=kind, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _own_tensor(before: Any, stored: Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Memory for a state in its own shape: what is there if it is the same, or zeros."""
+    dtype = getattr(torch, stored.dtype)
+    if isinstance(before, torch.Tensor) and tuple(before.shape) == stored.shape and before.dtype == dtype:
+        return before
+    return torch.zeros(stored.shape, dtype=dtype, device=owner.device)
+
+
+def _fresh_notes(names: list[str]) -> list[str]:
+    names = list(dict.fromkeys(names))
+    if not names:
+        return []
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"the optimizer's state of {listed} starts afresh: the checkpoint has it in shapes that belong to "
+        "other partitions (another layout wrote it)"
+    ]
 
 
 def _merge_scalars(members: list[Slot], stored: Mapping[str, Mapping[str, Scalar]]) -> tuple[dict[str, Scalar], list[str]]:

@@ -8,6 +8,7 @@ that an optimizer made anew, a restored one, another param group) has everything
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from torch import nn
 
 from anyshard.trainer.checkpoint import layout, optimizers
+from anyshard.trainer.checkpoint.partitions import PREFIX
 from anyshard.trainer.checkpoint.snapshot import FilePlan
 from anyshard.trainer.checkpoint.writer import fragments_to_write
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Views:
 
     Attributes:
         plan: the fragments, laid out in a data file.
-        owners: what the optimizer steps, and the parameters of it that this rank writes.
+        owners: what the optimizer steps, and the names of it under which this rank writes its scalar states.
         buffers: name, module and key of the persistent buffers that this rank writes.
         tied: other name -> canonical name.
     """
@@ -52,21 +56,24 @@ class Views:
         """Look for them.
 
         Raises:
-            CheckpointError: the layout of the engine is not known, or a state cannot be cut as its parameter is.
+            CheckpointError: the layout of the engine is not known, or a state is not contiguous.
         """
-        optimizer, slots = layout.inner_optimizer(engine), layout.slots(engine)
-        mine = to_write(engine, optimizers.fragments(slots, optimizer), rank, world_size)
+        optimizer, slots, position = layout.inner_optimizer(engine), layout.slots(engine), layout.position(engine)
+        mine = to_write(engine, optimizers.fragments(slots, optimizer, position=position), rank, world_size)
         names = {fragment.tensor.name for fragment in mine}
         flats = {id(slot.flat): slot.flat for slot in slots}
-        owners: dict[int, tuple[torch.Tensor, list[str]]] = {}
-        for slot in slots:
-            if slot.owner is not None and slot.name in names:
-                owners.setdefault(id(slot.owner), (slot.owner, []))[1].append(slot.name)
+        owners = [
+            (owner, tuple(name for name in members if name in names or name.startswith(PREFIX)))
+            for owner, members in optimizers.owners(slots, optimizer, position=position)
+            if names.intersection(members)
+        ]
+        if dropped := optimizers.left_out(optimizer):
+            logger.warning("checkpoints do not hold %s of the optimizer: only tensors and numbers", ", ".join(dropped))
         stepped = {id(slot.owner): slot.owner for slot in slots if slot.owner is not None}
         return cls(
             optimizer,
             FilePlan.of(mine, chunk_bytes, block_bytes),
-            [(owner, tuple(members)) for owner, members in owners.values()],
+            owners,
             layout.written_buffers(engine, rank),
             layout.tied_names(engine.module),
             _group_sizes(optimizer),

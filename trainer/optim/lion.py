@@ -7,15 +7,13 @@ second state tensor that it never reads. Both: deepspeed 0.19.8 ops/csrc/include
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from anyshard.configs import schema
-
-CHUNK_ON_CPU, CHUNK = 1 << 18, 1 << 24
-"""Elements updated at once: ZeRO makes one flat tensor of a group, and the sign needs a temporary; 1 MiB stays in the cache."""
+from anyshard.trainer.optim.chunks import chunks
 
 
 class Lion(torch.optim.Optimizer):
@@ -49,18 +47,10 @@ class Lion(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
-        for weight, grad, exp_avg in _chunks(param, param.grad, state["exp_avg"]):
+        for weight, grad, exp_avg in chunks(param, param.grad, state["exp_avg"]):
             direction = exp_avg.lerp(grad, 1 - beta1).sign_()
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
             exp_avg.lerp_(grad, 1 - beta2)
-
-
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    if all(tensor.is_contiguous() for tensor in tensors):
-        size = CHUNK_ON_CPU if tensors[0].is_cpu else CHUNK
-        yield from zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
-    else:
-        yield tensors
 
 
 def build(

@@ -8,6 +8,7 @@ STATES: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lion": ("exp_avg",),
     "sgd": ("momentum_buffer",),
+    "adagrad": ("sum",),
 }
 """Names of the fp32 state tensors that have one element for each element of a parameter."""
 

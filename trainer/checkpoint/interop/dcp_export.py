@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from anyshard.trainer.checkpoint.interop.output import new_folder
 from anyshard.trainer.checkpoint.interop.source import Key, Stored, num_bytes
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM
+from anyshard.trainer.checkpoint.partitions import PREFIX
 
 
 class _Planner(DefaultSavePlanner):
@@ -51,7 +52,10 @@ def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None])
     """
     flat: dict[str, Key] = {}
     content: dict[str, Any] = {"model": {}, "optim": {"state": {}}}
+    bound = {name for name, _ in source.tensors if name.startswith(PREFIX)}
     for (name, key), tensor in source.tensors.items():
+        if name in bound:
+            continue
         empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
         if key in (PARAM, BUFFER):
             content["model"][name] = empty
@@ -61,8 +65,10 @@ def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None])
             flat[f"optim.state.{name}.{key}"] = (name, key)
     for scalar in source.record.scalars:
         for name in scalar.names:
+            if name.startswith(PREFIX):
+                continue
             content["optim"]["state"].setdefault(name, {})[scalar.key] = torch.tensor(float(scalar.value))
-    total, done = num_bytes(source.tensors), 0
+    total, done = num_bytes({key: source.tensors[key] for key in flat.values()}), 0
 
     def read(fqn: str) -> torch.Tensor | None:
         nonlocal done
@@ -83,4 +89,8 @@ def export_dcp(source: Stored, out: Path, *, report: Callable[[int, int], None])
             finally:
                 os.close(descriptor)
     notes = [f"{other} is stored as {name}, which it is tied to" for other, name in source.record.tied.items()]
+    if bound:
+        notes.append(
+            f"the optimizer's states of {len(bound)} partitions are left out: only the layout that wrote them can read them"
+        )
     return {"out": str(out), "step": source.record.step, "tensors": len(flat), "notes": notes}

@@ -163,6 +163,8 @@ def optimizer_kind(keys: Iterable[str], group: Mapping[str, Any], where: Path) -
         return {"class": "Lion", "kind": "lion", "groups": {}}, found
     if found == {"momentum_buffer"}:
         return {"class": "SGD", "kind": "sgd", "groups": {}}, found
+    if found == {"sum"}:
+        return {"class": "Adagrad", "kind": "adagrad", "groups": {}}, found
     raise CheckpointError(
         f"{where}: the optimizer states {', '.join(sorted(found))} are of no optimizer that is known here. "
         "Import the weights alone, with --weights."

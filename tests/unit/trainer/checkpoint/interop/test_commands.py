@@ -154,6 +154,17 @@ def test_dcp(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "LEASE").exists()
 
 
+def test_dcp_leaves_out_what_only_one_layout_can_read(tmp_path: Path) -> None:
+    name = "@partition-" + "0" * 32
+    source = write_checkpoint(tmp_path / "run", {("w", "param"): torch.ones(3), (name, "absmax1"): torch.ones(2)})
+    result = export(source, tmp_path / "out", "dcp")
+    assert any("states of 1 partitions are left out" in note for note in result["notes"])
+    dcp_to_torch_save(tmp_path / "out", tmp_path / "all.pt")
+    content = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert set(content["model"]) == {"w"}
+    assert name not in content.get("optim", {}).get("state", {})
+
+
 @pytest.mark.parametrize("to", ["universal", "dcp"])
 def test_damage_leaves_nothing(tmp_path: Path, to: str) -> None:
     source = write_model(tmp_path / "run", small_model("llama"))

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -32,9 +32,10 @@ from anyshard.configs.world import dp_size, resolve_world
 from anyshard.configs.writing import write_file
 from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
-from anyshard.offload.memory import GIB, Layout, Memory, ModelShape, plan_memory, staging_bytes
+from anyshard.launch.stages import describe_stages, shapes_of, stage_rows, stages_of
+from anyshard.offload.memory import GIB, Layout, Memory, plan_memory, staging_bytes
 from anyshard.parallel.split import split_problems
-from anyshard.parallel.stages import Stages, division_of, plan_stages, stage_problems
+from anyshard.parallel.stages import Stages, stage_problems
 from anyshard.parallel.topology import draw, mesh_of, shorten
 from anyshard.trainer.batch import BatchPlan, plan_batch
 from anyshard.trainer.checkpoint import ram
@@ -81,7 +82,7 @@ class Plan:
                 {"name": param.name, "shape": list(param.shape), "trainable": param.trainable} for param in self.table.params
             ],
             "splits": self._splits(),
-            "stages": self._stages(),
+            "stages": [] if self.stages is None else stage_rows(self.stages),
             "batch": asdict(self.batch),
             "memory_bytes_per_rank": self.memory.to_dict(),
             "device_limit_bytes": self.device_limit_bytes,
@@ -163,14 +164,6 @@ class Plan:
         tp = self.config.parallel.tp
         return {param.name: local_shapes(param, tp) for param in self.table.params} if tp > 1 else {}
 
-    def _stages(self) -> list[dict[str, Any]]:
-        """Decoder layers and elements of each stage; empty without a pipeline."""
-        if self.stages is None:
-            return []
-        layers = [self.stages.layers(stage) for stage in range(self.stages.num_stages)]
-        sizes = self.stages.sizes
-        return [{"layers": [run.start, run.stop], "num_params": size} for run, size in zip(layers, sizes, strict=True)]
-
     def _parameters(self) -> Table:
         """Every parameter, and how it is split over tensor-parallel ranks; layers that are alike in one row."""
         tp = self.config.parallel.tp
@@ -188,19 +181,6 @@ class Plan:
         for (name, *cells), count in alike.items():
             table.add_row(name if count == 1 else f"{name} ({count}x)", *cells)
         return table
-
-
-def describe_stages(stages: Stages, accumulation_steps: int) -> str:
-    """The stages for people, a line each, and for how much of a step they wait for each other."""
-    lines = []
-    for stage, size in enumerate(stages.sizes):
-        run = stages.layers(stage)
-        numbers = f"layer {run.start}" if len(run) == 1 else f"layers {run.start} to {run.stop - 1}"
-        ends = [word for word, there in (("embedding", stage == 0), ("head", stage == stages.num_stages - 1)) if there]
-        lines.append(f"{stage}: {', '.join([numbers, *ends])}, {size:,} parameters")
-    idle = (stages.num_stages - 1) / (accumulation_steps + stages.num_stages - 1)
-    lines.append(f"idle {100 * idle:.0f} % of a step, with {accumulation_steps} micro-batches")
-    return "\n".join(lines)
 
 
 def by(shape: Sequence[int]) -> str:
@@ -260,11 +240,7 @@ def plan(config: schema.Config) -> Plan:
     dp = dp_size(config)
     assert dp is not None, "rules.require accepted a world that cannot be divided"
     batch = plan_batch(config.train, dp)
-    division = division_of(table.model_type) if parallel.pp > 1 else None
-    stages = None
-    if division is not None:
-        sizes = [(param.name, param.numel) for param in table.params]
-        stages = plan_stages(division, sizes, dict(table.tied), parallel, table.num_layers)
+    stages = stages_of(table, parallel)
     layout = Layout(
         dp=dp * parallel.sp,  # ZeRO shards over the ranks that share a sequence too
         stage=config.zero.stage,
@@ -285,7 +261,7 @@ def plan(config: schema.Config) -> Plan:
             loss_tile_tokens=config.train.loss_tile_tokens,
             mlp_tile_tokens=config.train.mlp_tile_tokens,
         )
-        for shape in _shapes(table, tp, stages, batch.accumulation_steps)
+        for shape in shapes_of(table, tp, stages, batch.accumulation_steps)
     ]
     memory = max(memories, key=lambda each: each.device_bytes)
     device_limit, host_limit = _limits(config)
@@ -302,25 +278,6 @@ def plan(config: schema.Config) -> Plan:
         flops_per_token=flops_per_token(table, config.data.sequence_length, recompute=recompute),
         stages=stages,
     )
-
-
-def _shapes(table: ParamTable, tp: int, stages: Stages | None, accumulation_steps: int) -> Iterator[ModelShape]:
-    """What one rank of each stage computes with; of the whole model where there is one stage."""
-    for stage in range(1 if stages is None else stages.num_stages):
-        here, num_layers, is_last = list(table.params), table.num_layers, True
-        if stages is not None:
-            is_last = stage == stages.num_stages - 1
-            copied = stages.division.shared(dict(table.tied)) if is_last else frozenset()
-            here = [param for param in table.params if stages.stage_of(param.name) == stage or param.name in copied]
-            # a stage has as many micro-batches under way as there are stages from it on
-            num_layers = len(stages.layers(stage)) * min(stages.num_stages - stage, accumulation_steps)
-        yield ModelShape(
-            num_params=sum(param.local_numel(tp) for param in here if param.trainable),
-            num_layers=num_layers,
-            hidden_size=table.hidden_size,
-            intermediate_size=table.intermediate_size * max(1, table.experts_per_token),
-            vocab_size=table.vocab_size if is_last else 0,
-        )
 
 
 def _with_checkpoints(
@@ -437,11 +394,12 @@ def advice(planned: Plan) -> str:
         knobs.append("train.activation_checkpointing=true")
     if config.train.micro_batch_size > 1:
         knobs.append(f"train.micro_batch_size={max(1, config.train.micro_batch_size // 2)}")
-    if config.zero.stage < 3 and planned.batch.dp > 1:
-        knobs.append("zero=z3")
+    highest = 3 if config.parallel.pp == 1 else 1
+    if config.zero.stage < highest and planned.batch.dp > 1:
+        knobs.append(f"zero=z{highest}")
     if config.offload.optimizer is schema.Device.none:
         knobs.append("offload=cpu")
-    elif config.offload.param is schema.Device.none:
+    elif config.offload.param is schema.Device.none and highest == 3:
         knobs.append("zero=z3 offload=cpu_param")
     knobs.append("more ranks" if config.parallel.tp > 1 else "parallel.tp=2 or more ranks")
     if planned.memory.host_bytes > planned.host_limit_bytes:

@@ -78,6 +78,38 @@ def test_tensor_parallelism_is_planned(tmp_path):
     assert "shared" in done.stdout
 
 
+def test_a_pipeline_is_planned(tmp_path):
+    """Llama 3 8B over 4 stages: 218,112,000 parameters in a layer, 525,336,576 each in embedding and head, 4,096 in the norm."""
+    base = ["experiment=llama3_8b_8xh100", "zero=z1", "launch.nodes=1", "parallel.pp=4"]
+    planned = plan(compose(base))
+    rows = planned.to_dict()["stages"]
+    assert [row["layers"] for row in rows] == [[0, 7], [7, 16], [16, 25], [25, 32]]
+    layer, embedding = 218_112_000, 525_336_576
+    assert [row["num_params"] for row in rows] == [7 * layer + embedding, 9 * layer, 9 * layer, 7 * layer + embedding + 4096]
+    assert planned.memory.weights == 2 * rows[3]["num_params"]  # with the logits it needs most
+    assert planned.ds_config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
+    by_hand = plan(compose([*base, "parallel.pp_layers=[5,9,9,9]"]))
+    assert [row["layers"][1] for row in by_hand.to_dict()["stages"]] == [5, 14, 23, 32]
+    done = anyshard("plan", "debug=smoke", "parallel.pp=2", "launch.procs_per_node=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0: layers 0 to 1, embedding, 91,392 parameters" in done.stdout
+    assert "idle 33 % of a step, with 2 micro-batches" in done.stdout
+
+
+def test_advice_keeps_to_what_a_pipeline_can():
+    overrides = ["experiment=llama3_8b_8xh100", "zero=z1", "parallel.pp=2", "launch.nodes=1", "offload=cpu"]
+    advice = planning.advice(plan(compose(overrides)))
+    assert "zero=z" not in advice
+
+
+def test_a_pipeline_that_the_model_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel\.pp=5: the model tiny has 4 layers, and every stage needs one\."):
+        plan(compose(["debug=smoke", "parallel.pp=5", "launch.procs_per_node=5"]))
+    falcon = ["model=hf", "model.config={model_type: falcon, num_hidden_layers: 4, vocab_size: 300}", "parallel.pp=2"]
+    with pytest.raises(ConfigError, match=r"model of type falcon .* add an entry 'falcon' to parallel/stages\.yaml"):
+        plan(compose(["debug=smoke", *falcon, "launch.procs_per_node=2"]))
+
+
 def test_a_degree_that_the_model_cannot_be_split_into_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"parallel\.tp=3: .*can be split into 1, 2, 4\."):
         plan(compose(["debug=smoke", "parallel.tp=3", "launch.procs_per_node=3"]))

@@ -79,7 +79,7 @@ def test_tensor_parallelism_is_planned(tmp_path):
 
 
 def test_a_pipeline_is_planned(tmp_path):
-    """Llama 3 8B over 4 stages: 218,112,000 parameters in a layer, 525,336,576 each in embedding and head, 4,096 in the norm."""
+    """Llama 3 8B over 4 stages: 218,112,000 parameters in a layer, 525,336,576 in embedding and in head, 4,096 in the norm."""
     base = ["experiment=llama3_8b_8xh100", "zero=z1", "launch.nodes=1", "parallel.pp=4"]
     planned = plan(compose(base))
     rows = planned.to_dict()["stages"]

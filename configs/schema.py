@@ -296,7 +296,7 @@ class Train:
         "Compare the data of ranks that must have the same (tp, pp, sp) every so many steps; 0: never.",
         unit="steps",
         ge=0,
-        why="a digest of the batch and 8 bytes from each rank: nothing at one in a hundred steps",
+        why="a digest and 8 bytes from each rank cost nothing in one of 100 steps",
     )
     eval_every_steps: int = key(
         200,

@@ -32,7 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "moe_intermediate_size": 24,
         "num_experts": 8,
-        "head_dim": 8,
         "mlp_only_layers": [],
     },
 }
@@ -72,13 +71,11 @@ LAYOUTS = {
 ALWAYS = ["dp2z3", "sp2z1", *some(["dp2z0", "dp2z1", "dp2z2", "tp2z2"], 1)]
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("pack", ["stream", "documents"])
+@pytest.mark.parametrize(("name", "pack"), [("mixtral", "stream"), ("qwen3_moe", "documents")])
 def test_losses_do_not_depend_on_the_layout(tmp_path: Any, name: str, pack: str) -> None:
     base = [model(name), f"data.pack={pack}", "train.micro_batch_size=2"]
     alone = losses(tmp_path, "alone", [*base, "zero=z0"], 1)
-    chosen = ALWAYS if pack == "stream" else ["dp2z3", "sp2z1"]
-    for layout in chosen:
+    for layout in ALWAYS:
         options, ranks = LAYOUTS[layout]
         same(losses(tmp_path, layout, [*base, *options], ranks), alone)
 

@@ -6,14 +6,17 @@ from anyshard.configs.compose import compose
 from anyshard.configs.rules import check
 
 STAGES = ("z0", "z1", "z2", "z3")
-OFFLOADS = ("none", "cpu", "cpu_param")
+OFFLOADS = ("none", "cpu", "cpu_param", "nvme", "nvme_param")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def legal_cells() -> list[tuple[str, str, str]]:
     """Every (zero, offload, precision) that the rules accept, at any dp."""
     cells = [(stage, offload, precision) for stage in STAGES for offload in OFFLOADS for precision in PRECISIONS]
-    return [cell for cell in cells if not check(compose([f"zero={cell[0]}", f"offload={cell[1]}", f"precision={cell[2]}"]))]
+    drive = "offload.nvme_path=/mnt/nvme"
+    return [
+        cell for cell in cells if not check(compose([f"zero={cell[0]}", f"offload={cell[1]}", f"precision={cell[2]}", drive]))
+    ]
 
 
 def composition_table() -> str:

@@ -27,6 +27,8 @@ BYTE_VOCABULARY = 257
 
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _TRACKERS = ("jsonl", "wandb")
+_SWAPPED_OPTIMIZERS = ("adamw", "lion", "sgd")
+_OVERLAPS = ("none", "read", "write", "both")
 
 
 def check(config: Config) -> list[Problem]:
@@ -143,10 +145,6 @@ def _available(config: Config) -> Iterator[Problem]:
         )
         fix = "Set parallel.ep=1; zero=z3 shards the experts over parallel.dp."
         yield Problem("parallel.ep", config.parallel.ep, reason, fix)
-    for kind in ("optimizer", "param"):
-        if getattr(config.offload, kind) is Device.nvme:
-            fix = "Use offload=cpu (optimizer state) or offload=cpu_param (parameters too)."
-            yield Problem(f"offload.{kind}", "nvme", "this version offloads to host memory only.", fix)
 
 
 def _order(config: Config) -> Iterator[Problem]:
@@ -225,12 +223,36 @@ def _offload(config: Config) -> Iterator[Problem]:
     if offload.param is not Device.none and offload.optimizer is Device.none:
         reason = "masters and optimizer states, which are larger, would stay on the device."
         yield Problem("offload.param", offload.param.value, reason, "Use offload=cpu_param, which moves both.")
+    yield from _nvme(config)
     if offload.ratio < 1:
         reason = (
             "DeepSpeed steps the part that stays on the device with a second optimizer (runtime/zero/stage3.py:317), "
             "which the schedule does not reach and whose state is in no checkpoint."
         )
         yield Problem("offload.ratio", offload.ratio, reason, "Set offload.ratio=1.")
+
+
+def _nvme(config: Config) -> Iterator[Problem]:
+    offload, stage = config.offload, config.zero.stage
+    if offload.optimizer is Device.nvme and stage in (1, 2):
+        reason = f"DeepSpeed at stage {stage} keeps it in host memory without a word (runtime/zero/stage_1_and_2.py:220)."
+        yield Problem("offload.optimizer", "nvme", reason, "Use zero=z3, or offload=cpu.")
+    if offload.optimizer is Device.nvme and config.optimizer.name not in _SWAPPED_OPTIMIZERS:
+        reason = "what it keeps between steps is not known to go to a drive and back as it was."
+        fix = f"Use offload=cpu, or an optimizer of {', '.join(_SWAPPED_OPTIMIZERS)}."
+        yield Problem("optimizer.name", config.optimizer.name, reason, fix)
+    if offload.overlap not in _OVERLAPS:
+        fix = f"Set one of {', '.join(_OVERLAPS)}."
+        yield Problem("offload.overlap", offload.overlap, "there is no such overlap.", fix)
+    if Device.nvme not in (offload.optimizer, offload.param):
+        return
+    if not (offload.nvme_path or "").strip(" ,"):
+        fix = "Set it to a folder on a local drive, such as /mnt/nvme, or use offload=cpu."
+        yield Problem("offload.nvme_path", offload.nvme_path, "offload to nvme needs a place.", fix)
+    if offload.param is Device.nvme and config.zero.hpz_partition_size > 1:
+        size = config.zero.hpz_partition_size
+        reason = "the second copy would stay in memory, and is not swapped (runtime/zero/partition_parameters.py:1903)."
+        yield Problem("zero.hpz_partition_size", size, reason, "Set it to 1, or offload.param=cpu.")
 
 
 def _hpz(config: Config) -> Iterator[Problem]:

@@ -162,13 +162,34 @@ class Zero:
 
 @dataclass
 class Offload:
+    auto: bool = key(
+        False,
+        "Choose optimizer and param when the run is launched: the fastest placement that fits, by memory model and probe.",
+        why="a placement that is written down stays the same on every machine",
+    )
     optimizer: Device = key(
         Device.none, "Where fp32 masters and optimizer states live.", why="device memory is many times faster than the host's"
     )
     param: Device = key(
         Device.none, "Where parameters live between uses (stage 3).", why="offloaded, weights cross the bus in every pass"
     )
-    nvme_path: Optional[str] = key(None, "Folder on NVMe, one sub-folder a run and rank.", why="null: only tier nvme needs one")
+    nvme_path: Optional[str] = key(
+        None,
+        "Folder on NVMe, one sub-folder an attempt and rank; several with commas between are taken by ranks in turn.",
+        why="null: only tier nvme needs one",
+    )
+    buffers_gib: float = key(
+        1.0,
+        "Page-locked buffers that a rank may have for NVMe; sub-groups are as large as fits.",
+        unit="GiB",
+        gt=0,
+        why="for AdamW with overlap=both 22 million elements at a time, enough for a drive's full rate",
+    )
+    overlap: str = key(
+        "both",
+        "What goes on while a sub-group is stepped: none, read the next, write the one before, or both; all are exact.",
+        why="the drive is busy all the time, for three times the buffers of none",
+    )
     ratio: float = key(
         1.0,
         "Share of the optimizer state that is offloaded; less than all is refused in this version.",

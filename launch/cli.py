@@ -121,12 +121,13 @@ def resume(
 def doctor(
     dist: Annotated[bool, typer.Option("--dist", help="Run a collective on all ranks of this host.")] = False,
     nproc: Annotated[Optional[int], typer.Option(help="Ranks of --dist.", show_default="one per GPU, or 2")] = None,
+    probe: Annotated[Optional[Path], typer.Option(help="Measure the drive of this folder for offload, and keep it.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, accelerators, operators, limits, disk, wandb."""
     from anyshard.launch.doctor import doctor as command
 
-    raise typer.Exit(command(dist=dist, as_json=as_json, nproc=nproc))
+    raise typer.Exit(command(dist=dist, as_json=as_json, nproc=nproc, probe=probe))
 
 
 @ckpt_app.command("ls")

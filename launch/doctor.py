@@ -23,14 +23,16 @@ from anyshard.offload.op_cache import op_env
 
 REPORT_TIMEOUT_S = 120.0
 DIST_TIMEOUT_S = 300.0
+PROBE_TIMEOUT_S = 600.0
 
 
-def doctor(*, dist: bool = False, as_json: bool = False, nproc: int | None = None) -> int:
+def doctor(*, dist: bool = False, as_json: bool = False, nproc: int | None = None, probe: Path | None = None) -> int:
     """Look at everything, print it, and return the exit code: 0, or 3 when something that every run needs is broken.
 
     Args:
         dist: run a collective on all ranks of this host too.
         nproc: ranks of `dist`; None is one per GPU, or two.
+        probe: a folder on the drive to measure, with host memory and CPU Adam; the result is kept for plans and runs.
     """
     hardware = find_hardware()
     torch_report = _start([sys.executable, "-m", "anyshard.parallel.torch_report"], hardware)  # runs beside the checks
@@ -38,6 +40,9 @@ def doctor(*, dist: bool = False, as_json: bool = False, nproc: int | None = Non
     found.insert(2, torch_check(_finish(torch_report, REPORT_TIMEOUT_S), hardware))
     if dist:
         found.append(_collective(nproc or hardware.num_gpus or 2, hardware))
+    if probe is not None:
+        command = [sys.executable, "-m", "anyshard.offload.probe", str(probe)]
+        found.append(probe_result(_finish(_start(command, hardware), PROBE_TIMEOUT_S), probe))
     failed = any(check.mark == "fail" for check in found)
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}, indent=2))
@@ -136,6 +141,22 @@ def collective_result(report: dict[str, Any], num_ranks: int) -> Check:
         return Check(name, "fail", report["error"], fix)
     small, large = report["latency_us"], report["bus_gb_per_s"]
     return Check(name, "ok", f"{report['backend']}: {small:.0f} us for 8 bytes, {large:.2f} GB/s bus bandwidth at 64 MiB")
+
+
+def probe_result(report: dict[str, Any], drive: Path) -> Check:
+    """The check that says what the probe of `--probe` found."""
+    name = f"probe of {drive}"
+    if "error" in report:
+        return Check(name, "fail", report["error"], "docs/offload.md says what a drive must do; name another with --probe")
+    rates = {kind: report[f"{kind}_bytes_per_s"] / 1e9 for kind in ("read", "write", "raw_read", "raw_write", "copy")}
+    aio = report["aio"]
+    found = (
+        f"read {rates['read']:.2f} GB/s, write {rates['write']:.2f} GB/s (raw {rates['raw_read']:.2f} and "
+        f"{rates['raw_write']:.2f}) with blocks of {aio['block_bytes'] // 1024} KiB, depth {aio['queue_depth']}, "
+        f"{aio['threads']} thread(s); host memory {rates['copy']:.1f} GB/s; "
+        f"CPU Adam {report['adam_elements_per_s'] / 1e6:.0f} M elements/s; kept in {report['file']}"
+    )
+    return Check(name, "ok", found)
 
 
 def _show(found: Sequence[Check]) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import socket
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import psutil
+
+_UNLIMITED = 2**60
+"""Version 1 of control groups writes the largest number of pages for no limit."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,34 @@ def find_hardware() -> Hardware:
         num_gpus=len(names),
         gpu_name=names[0] if names else None,
         gpu_memory_gib=min(sizes) if sizes else None,
-        host_memory_gib=psutil.virtual_memory().total / 2**30,
+        host_memory_gib=min(psutil.virtual_memory().total, memory_limit_bytes() or math.inf) / 2**30,
         num_cores=len(os.sched_getaffinity(0)),
     )
+
+
+def memory_limit_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a control group (of a container, a batch system or systemd) lets this process have; None for no limit.
+
+    The limits of all groups on the way to the root hold. Both versions of control groups are looked at.
+    """
+    limits = []
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents):
+            with contextlib.suppress(OSError, ValueError):  # none here, or "max"
+                limits.append(int((folder / name).read_text()))
+            if folder == top:
+                break
+    least = min(limits, default=_UNLIMITED)
+    return None if least >= _UNLIMITED else least
 
 
 def _find_gpus() -> tuple[list[str], list[float]]:

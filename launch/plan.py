@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -32,8 +32,12 @@ from anyshard.configs.world import dp_size, resolve_world
 from anyshard.configs.writing import write_file
 from anyshard.launch.console import make_console
 from anyshard.launch.env import find_hardware
+from anyshard.launch.placement import settle
 from anyshard.launch.stages import describe_stages, shapes_of, stage_rows, stages_of
+from anyshard.offload import tiers
+from anyshard.offload.measured import load
 from anyshard.offload.memory import GIB, Layout, Memory, plan_memory, staging_bytes
+from anyshard.offload.swap_space import drive_of
 from anyshard.parallel.split import split_problems
 from anyshard.parallel.stages import Stages, stage_problems
 from anyshard.parallel.topology import draw, mesh_of, shorten
@@ -44,6 +48,7 @@ from anyshard.trainer.ds_config import compile_ds_config, merged_overrides
 from anyshard.trainer.flops import flops_per_token
 from anyshard.trainer.models.param_table import TABLE_FORMAT, Param, ParamTable, read_answer, request
 from anyshard.trainer.optim.states import state_bytes_per_param
+from anyshard.trainer.parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Plan:
     def _memory_table(self, color: bool) -> Table:
         memory = self.memory
         table = Table(title="memory of one rank, GiB", title_justify="left")
-        for column in ("kind", "device", "host"):
+        for column in ("kind", "device", "host", *(("nvme",) if memory.nvme_bytes else ())):
             table.add_column(column, justify="left" if column == "kind" else "right")
         kinds = [
             ("weights", memory.weights, memory.params_on_host),
@@ -148,11 +153,15 @@ class Plan:
         ]
         if memory.shared_memory:
             kinds.append(("checkpoints in shared memory", memory.shared_memory, True))
+        if memory.optimizer_on_nvme or memory.params_on_nvme:
+            kinds.append(("buffers of the drive, and what is too small for it", memory.swap_host, True))
+        swapped = {"weights": memory.params_on_nvme, "optimizer (masters and states)": memory.optimizer_on_nvme}
         for kind, size, on_host in kinds:
-            cells = ("", f"{size / GIB:.2f}") if on_host else (f"{size / GIB:.2f}", "")
-            table.add_row(kind, *cells)
+            place = 2 if swapped.get(kind) else int(on_host)
+            table.add_row(kind, *("" if number != place else f"{size / GIB:.2f}" for number in range(len(table.columns) - 1)))
         table.add_section()
-        table.add_row("total", f"{memory.device_bytes / GIB:.2f}", f"{memory.host_bytes / GIB:.2f}")
+        totals = [memory.device_bytes, memory.host_bytes, *([memory.nvme_bytes] if memory.nvme_bytes else [])]
+        table.add_row("total", *(f"{size / GIB:.2f}" for size in totals))
         table.add_row("there is", f"{self.device_limit_bytes / GIB:.2f}", f"{self.host_limit_bytes / GIB:.2f}")
         table.caption = "fits" if self.fits else "does NOT fit"
         table.caption_style = "green" if self.fits else "bold red"
@@ -227,6 +236,8 @@ def plan(config: schema.Config) -> Plan:
     """
     config = resolve_world(config, find_hardware().num_gpus)
     rules.require(config)
+    if config.offload.auto:
+        config, _ = settle(config, plan)
     table = param_table(config)
     ids = tokenizer_ids(config.data.tokenizer)
     problems = list(rules.check_dimensions(config, table.max_positions, table.vocab_size or None, ids))
@@ -246,8 +257,8 @@ def plan(config: schema.Config) -> Plan:
         stage=config.zero.stage,
         dtype=config.precision.dtype.value,
         state_bytes=_state_bytes(config),
-        optimizer_on_host=config.offload.optimizer is schema.Device.cpu,
-        params_on_host=config.offload.param is schema.Device.cpu,
+        optimizer_on_host=config.offload.optimizer is not schema.Device.none,
+        params_on_host=config.offload.param is not schema.Device.none,
         tp=tp,
     )
     recompute = config.train.activation_checkpointing
@@ -264,6 +275,9 @@ def plan(config: schema.Config) -> Plan:
         for shape in shapes_of(table, tp, stages, batch.accumulation_steps)
     ]
     memory = max(memories, key=lambda each: each.device_bytes)
+    ds_config = compile_ds_config(config, batch)
+    if tiers.uses_nvme(config):
+        memory = _with_swapping(memory, config, table, dp, ds_config)
     device_limit, host_limit = _limits(config)
     world = mesh_of(config).world_size
     memory = _with_checkpoints(memory, config, table.num_params * (4 + _state_bytes(config)), world, host_limit)
@@ -272,11 +286,36 @@ def plan(config: schema.Config) -> Plan:
         table=table,
         batch=batch,
         memory=memory,
-        ds_config=compile_ds_config(config, batch),
+        ds_config=ds_config,
         device_limit_bytes=device_limit,
         host_limit_bytes=host_limit,
         flops_per_token=flops_per_token(table, config.data.sequence_length, recompute=recompute),
         stages=stages,
+    )
+
+
+def _with_swapping(memory: Memory, config: schema.Config, table: ParamTable, dp: int, ds_config: dict[str, Any]) -> Memory:
+    """The same with what is on a drive; completes DeepSpeed's configuration.
+
+    Raises:
+        ConfigError: the settings cannot hold the model's parts.
+    """
+    drive = drive_of(str(config.offload.nvme_path), 0)
+    fragment = tiers.fragment(config, parts_of(config, table, dp), folder=drive, aio=load(Path(drive)).aio)
+    tiers.complete(ds_config, fragment, config.deepspeed_extra)
+    only_nvme = {kind: getattr(config.offload, kind) is schema.Device.nvme for kind in ("optimizer", "param")}
+    # what the other kind keeps in memory counts as such
+    host = fragment.bytes.host - sum(
+        size
+        for kind, size in (("optimizer", memory.optimizer), ("param", memory.weights))
+        if getattr(config.offload, kind) is schema.Device.cpu
+    )
+    return replace(
+        memory,
+        optimizer_on_nvme=only_nvme["optimizer"],
+        params_on_nvme=only_nvme["param"],
+        swap_host=max(0, host),
+        nvme_bytes=fragment.bytes.nvme,
     )
 
 
@@ -366,6 +405,7 @@ def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mes
         print("\n".join(mesh_lines(config)))
         return 0
     rules.require(config, lambda: composition.sources)
+    config = settled(config, say=(lambda line: print(line, file=sys.stderr)) if as_json else print)
     planned = plan(config)
     if as_json:
         print(json.dumps({**planned.to_dict(), "ds_config": planned.ds_config}, indent=2))
@@ -374,6 +414,15 @@ def run(overrides: Sequence[str], *, config_dir: Path | None, as_json: bool, mes
     if not planned.fits:
         raise PlanError(advice(planned))
     return 0
+
+
+def settled(config: schema.Config, say: Callable[[str], None] = print) -> schema.Config:
+    """The configuration with `offload=auto` replaced by what it comes to, which is told."""
+    if not config.offload.auto:
+        return config
+    config, choice = settle(config, plan)
+    say("\n".join(choice.lines()))
+    return config
 
 
 def write_plan(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from anyshard.launch import failures, restarts, show
 from anyshard.launch.backend_local import signals_of_people
 from anyshard.launch.env import find_hardware
 from anyshard.launch.inputs import check_inputs
-from anyshard.launch.plan import Plan, plan
+from anyshard.launch.plan import Plan, plan, settled
 from anyshard.launch.runs import read_events
 from anyshard.launch.slurm import check_not_submitted, submit_results, submitted_job
 from anyshard.launch.spec import Backend, LaunchSpec, build_spec
@@ -81,6 +81,7 @@ def start(
     frozen.check_run_dir(config, run_dir, force=force)
     if config.launch.name == "local":
         check_inputs(config)
+    config = settled(config)
     planned = plan(config)
     backend = lookup("launch", config.launch.name, key="launch.name")()
     spec = build_spec(config, run_dir, find_hardware())

@@ -60,6 +60,9 @@ class Memory:
     Attributes:
         staging: host memory for checkpoints on their way to storage.
         shared_memory: this rank's part of the checkpoints that are kept in shared memory.
+        optimizer_on_nvme, params_on_nvme: on a drive, and in host memory only as far as `swap_host` says.
+        swap_host: page-locked buffers, and state that is too small for a drive.
+        nvme_bytes: in swap files.
     """
 
     weights: int
@@ -71,6 +74,10 @@ class Memory:
     params_on_host: bool
     staging: int = 0
     shared_memory: int = 0
+    optimizer_on_nvme: bool = False
+    params_on_nvme: bool = False
+    swap_host: int = 0
+    nvme_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -83,10 +90,10 @@ class Memory:
     @property
     def host_bytes(self) -> int:
         """Bytes in CPU memory because of offload and of checkpoints."""
-        offloaded = (self.weights if self.params_on_host else 0) + (
-            self.optimizer + self.gradients if self.optimizer_on_host else 0
-        )
-        return offloaded + self.staging + self.shared_memory
+        weights = self.weights if self.params_on_host and not self.params_on_nvme else 0
+        optimizer = self.optimizer if self.optimizer_on_host and not self.optimizer_on_nvme else 0
+        gradients = self.gradients if self.optimizer_on_host else 0
+        return weights + optimizer + gradients + self.swap_host + self.staging + self.shared_memory
 
     def to_dict(self) -> dict[str, int | bool]:
         """For plan.json."""

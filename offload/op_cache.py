@@ -56,7 +56,7 @@ OPS: dict[str, Op] = {
 BUILD_TIME = "one to three minutes"
 """What the compilation of one takes on two cores."""
 DEFAULT_OPS = ("shm_comm", "cpu_adam", "cpu_lion")
-"""Operators that `make setup` builds: those of everything that runs on a machine without NVMe."""
+"""Operators that `make setup` builds, beside async_io where libaio is there."""
 _CPU_OPTIMIZERS = {"adamw": "cpu_adam", "lion": "cpu_lion"}
 
 

@@ -55,6 +55,12 @@ def build(names: Sequence[str] = DEFAULT_OPS, say: Callable[[str], None] = print
         say(f"operators {', '.join(names)} are built in {extensions_dir()}")
 
 
+def default_ops() -> list[str]:
+    """What every run on this machine may need: the operators of host memory, and that of drives where libaio is there."""
+    (drive,) = status(["async_io"])
+    return [*DEFAULT_OPS, *([] if drive.state == "missing" else ["async_io"])]
+
+
 def _build(entry: OpStatus) -> None:
     what = f"DeepSpeed's operator {entry.op.name} ({entry.op.used_for})"
     if entry.state == "missing":
@@ -96,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anyshard.offload.ops", description="Build DeepSpeed's operators.")
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="build operators that are not built yet")
-    builder.add_argument("names", nargs="*", default=list(DEFAULT_OPS), help=f"of {', '.join(OPS)}; default: %(default)s")
+    builder.add_argument("names", nargs="*", help=f"of {', '.join(OPS)}; default: those that can be built here")
     commands.add_parser("status", help="print the state of each operator")
     args = parser.parse_args(argv)
     if args.command == "status":
@@ -104,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{entry.op.name:10} {entry.state:10} {entry.reason} {entry.fix}".rstrip())
         return 0
     try:
-        build(args.names, say=lambda line: print(line, flush=True))
+        build(args.names or default_ops(), say=lambda line: print(line, flush=True))
     except EnvError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

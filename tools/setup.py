@@ -177,7 +177,7 @@ def pip(what: str, arguments: list[str]) -> bool:
 
 
 def build_operators() -> bool:
-    """DeepSpeed's operators, one after another, into the environment."""
+    """DeepSpeed's operators, one after another, into the environment; async_io too where libaio is there."""
     say("building DeepSpeed's operators, once")
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(VENV / "torch_extensions")}
     command = [str(PYTHON), "-m", "anyshard.offload.ops", "build"]

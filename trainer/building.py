@@ -12,18 +12,30 @@ from anyshard.configs import schema
 from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.parallel.groups import Groups
+from anyshard.trainer.models.table import table_of
+from anyshard.trainer.swapping import Swapping
 from anyshard.trainer.task import Batch, Task
 
 
 def model_builder(
-    config: schema.Config, ds_config: dict[str, Any], device: torch.device, groups: Groups, say: Callable[[str], None]
+    config: schema.Config,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    groups: Groups,
+    say: Callable[[str], None],
+    swapping: Swapping | None = None,
 ) -> Callable[[], torch.nn.Module]:
     """Makes the model of `config` on this rank.
 
     Collective: every rank calls what it returns.
     """
     build = lookup("model", config.model.builder, key="model.builder")
-    dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
+    dtype, partitioner = torch_dtype(config), _partitioner(ds_config, config, groups)
+
+    def partition() -> Any:
+        if swapping is not None:
+            swapping.plan(table_of(build(config, device=torch.device("meta"), dtype=torch.float32, partition=None, say=say)))
+        return partitioner()
 
     def whole() -> torch.nn.Module:
         made: torch.nn.Module = build(config, device=device, dtype=dtype, partition=partition(), say=say)
@@ -95,12 +107,17 @@ def _partitioner(ds_config: dict[str, Any], config: schema.Config, groups: Group
     return make
 
 
-def fitted(task: Task, ds_config: dict[str, Any], config: schema.Config, groups: Groups) -> Task:
+def fitted(
+    task: Task, ds_config: dict[str, Any], config: schema.Config, groups: Groups, swapping: Swapping | None = None
+) -> Task:
     """A user's task in the type of the run: its batches cast, and under ZeRO-3 its parameters partitioned once built."""
     dtype, partition = torch_dtype(config), _partitioner(ds_config, config, groups)
 
     def build() -> torch.nn.Module:
-        return _split(task.model().to(dtype), config, groups, partition())
+        module = task.model().to(dtype)
+        if swapping is not None:
+            swapping.plan(table_of(module))
+        return _split(module, config, groups, partition())
 
     def collate(samples: list[Any]) -> Batch:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in task.collate(samples).items()}

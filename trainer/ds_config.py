@@ -106,6 +106,9 @@ def _offload(config: Config) -> dict[str, Any]:
         }
     if offload.param is not Device.none:
         blocks["offload_param"] = {"device": offload.param.value, "pin_memory": offload.pin_memory}
+    for block in blocks.values():
+        if block["device"] == Device.nvme.value:  # buffers and sub-groups follow from the model's parts (offload/tiers.py)
+            block["nvme_path"] = offload.nvme_path
     return blocks
 
 

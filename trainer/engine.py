@@ -6,6 +6,7 @@ the loop in `trainer.py` reads the same under all of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from torch import nn
 from anyshard.configs import schema
 from anyshard.configs.errors import EnvError
 from anyshard.parallel.groups import Groups
+from anyshard.trainer.swapping import Swapping
 from anyshard.trainer.task import Batch
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,9 @@ class Engine:
         groups: where this rank stands.
     """
 
-    def __init__(self, ds: Any, *, stage: int, lr: float, groups: Groups) -> None:
+    def __init__(self, ds: Any, *, stage: int, lr: float, groups: Groups, swapping: Swapping | None = None) -> None:
         self.ds = ds
+        self._swapping = swapping
         self.groups = groups
         self.stage = stage
         self._lr = lr
@@ -55,8 +58,9 @@ class Engine:
 
         Collective: every rank of the data-parallel group calls it (ZeRO gathers and reduces inside).
         """
-        loss = loss_fn(self.ds, batch)
-        self.ds.backward(loss if scale is None else loss * scale)
+        with self._explained():
+            loss = loss_fn(self.ds, batch)
+            self.ds.backward(loss if scale is None else loss * scale)
         return loss.detach()
 
     def train_step(
@@ -126,7 +130,11 @@ class Engine:
 
     def finish_micro_step(self) -> None:
         """Let DeepSpeed count the micro-step; at the last one of a global batch it clips and steps the optimizer."""
-        self.ds.step()
+        with self._explained():
+            self.ds.step()
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._swapping is None else self._swapping.explained()
 
     def local_grad_norm(self) -> torch.Tensor | None:
         """Global gradient norm before clipping at stage 0, where DeepSpeed does not keep it; None at other stages.
@@ -169,8 +177,12 @@ def build_engine(
     *,
     device: torch.device,
     groups: Groups,
+    swapping: Swapping | None = None,
 ) -> Engine:
     """Build the model, its optimizer and the DeepSpeed engine around both.
+
+    Args:
+        swapping: of a run with state on NVMe.
 
     Collective: every rank calls it; it blocks until all have.
     """
@@ -185,6 +197,8 @@ def build_engine(
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if is_embedding(module)}
     optimized = param_groups(model.named_parameters(), config.optimizer, embeddings)
     build_optimizer = lookup("optimizer", config.optimizer.name, key="optimizer.name")
+    if swapping is not None:
+        swapping.reserve(model, [group["params"] for group in optimized])
     offloaded = config.offload.optimizer is not schema.Device.none
     optimizer = build_optimizer(optimized, config.optimizer, offloaded=offloaded, device=device)
     _import_muon_as_written()
@@ -196,7 +210,9 @@ def build_engine(
         from anyshard.trainer.pipeline_engine import PipelinedEngine
 
         return PipelinedEngine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups)
-    return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups)
+    if swapping is not None:
+        swapping.mend(ds_engine)
+    return Engine(ds_engine, stage=config.zero.stage, lr=config.optimizer.lr, groups=groups, swapping=swapping)
 
 
 def require_dtype(dtype: schema.Dtype) -> None:

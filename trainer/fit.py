@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 
 from anyshard.configs import frozen, rules, schema, world
-from anyshard.configs.errors import AnyshardError
+from anyshard.configs.errors import AnyshardError, ConfigError, Problem
 from anyshard.configs.registry import lookup
 from anyshard.configs.relayout import relayout
 from anyshard.configs.run_lock import LAUNCHER_VARIABLE, START_LOCK, only_run
 from anyshard.configs.writing import write_file
+from anyshard.offload.measured import load
 from anyshard.offload.op_cache import needed_ops, op_env, remove_stale_locks, status
 from anyshard.offload.ops import build
+from anyshard.offload.swap_space import SwapSpace
 from anyshard.parallel import comm
 from anyshard.parallel.groups import Groups, create_groups
 from anyshard.parallel.rank_env import RankEnv, discover, host_name
@@ -56,6 +58,7 @@ from anyshard.trainer.saves import GRACE_S, Saves
 from anyshard.trainer.signals import Signals
 from anyshard.trainer.state import Progress, seed_everything
 from anyshard.trainer.stop import StopControl
+from anyshard.trainer.swapping import Swapping, claim_space
 from anyshard.trainer.task import Task
 from anyshard.trainer.tracking import build_trackers
 from anyshard.trainer.trainer import Outcome, Trainer
@@ -130,7 +133,8 @@ def fit_as_process(
         if on_agreed is not None:
             on_agreed(frozen.run_dir_of(agreed))
         _build_ops(needed_ops(agreed, rank.device.type), rank.env)
-        return _fit(agreed, task, rank, signals, on_lost, as_process=on_agreed is not None)
+        space = held.enter_context(claim_space(agreed, frozen.run_dir_of(agreed), rank.env))
+        return _fit(agreed, task, rank, signals, on_lost, space, as_process=on_agreed is not None)
 
 
 def _join(config: schema.Config | Callable[[], schema.Config], started_s: float, timeout_s: float | None) -> Rank:
@@ -195,6 +199,10 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
     for note in notes:
         print(note, flush=True)
     rules.require(config)
+    if config.offload.auto:
+        reason = "ranks that are started by hand do not choose: that takes the planner."
+        fix = "Set offload=none, cpu, cpu_param, nvme or nvme_param ('anyshard plan offload=auto' says which is fastest)."
+        raise ConfigError(Problem("offload.auto", True, reason, fix))
     run_dir = frozen.run_dir_of(config)
     launched = LAUNCHER_VARIABLE in os.environ
     with contextlib.nullcontext() if launched else only_run(run_dir, START_LOCK):
@@ -209,12 +217,20 @@ def _freeze(config: schema.Config, rank: Rank, held: contextlib.ExitStack, overr
 
 
 def _fit(
-    config: schema.Config, task: Task | None, rank: Rank, signals: Signals, on_lost: OnLost, *, as_process: bool
+    config: schema.Config,
+    task: Task | None,
+    rank: Rank,
+    signals: Signals,
+    on_lost: OnLost,
+    space: SwapSpace | None,
+    *,
+    as_process: bool,
 ) -> Outcome:
     run_dir = frozen.run_dir_of(config)
     groups = create_groups(mesh_of(config), rank.env.rank)
     batch = plan_batch(config.train, groups.mesh.dp)
     ds_config = compile_ds_config(config, batch)
+    swapping = Swapping(config, ds_config, space, groups, load(space.folder).aio) if space is not None else None
     callbacks = Callbacks.build(config.callbacks)  # a wrong option is told before anything long begins
     first = rank.env.rank == 0
     trackers = build_trackers(config, run_dir, rank=rank.env.rank)
@@ -234,7 +250,7 @@ def _fit(
             # a process that called `fit` itself may have registered what the planner's process does not know
             planning = start_planning(run_dir) if first and as_process else None
             splits = build_data(config.data, seed=config.seed, say=reporter.say if first else _silent)
-            builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent)
+            builder = model_builder(config, ds_config, rank.device, groups, reporter.say if first else _silent, swapping)
             task = lm.build_lm_task(config, splits, builder, groups)
             if first:
                 planned = planned_flops_per_token(run_dir, planning) if as_process else counted_flops_per_token(config)
@@ -244,10 +260,22 @@ def _fit(
                 save_tokenizer(splits.tokenizer, run_dir / "tokenizer")
         else:
             require_whole_sequences(config)
-            task = fitted(task, ds_config, config, groups)
-        engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups)
+            task = fitted(task, ds_config, config, groups, swapping)
+        engine = build_engine(config, ds_config, task.model, device=rank.device, groups=groups, swapping=swapping)
+        if swapping is not None:
+            _tell_swapping(swapping, reporter)
         with listen_to_nodes(config, rank.env, rank.control, hosts, reporter, on_lost):
             return _train(config, task, engine, batch, callbacks, rank, signals, reporter, data_fingerprint)
+
+
+def _tell_swapping(swapping: Swapping, reporter: Reporter) -> None:
+    """What this rank has on its drive; it may be nothing, and then the person should know."""
+    where = swapping.describe()
+    reporter.event("offload", **where)
+    if not where["nvme_bytes"]:
+        reporter.say("  note: no part of the state is as large as 1 MiB: all of it stays in memory, as with offload=cpu")
+    else:
+        reporter.say(f"offload: {where['nvme_bytes'] / 2**30:.2f} GiB of each rank's state in {Path(where['folder']).parent}")
 
 
 def _train(

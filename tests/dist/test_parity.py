@@ -77,6 +77,7 @@ def test_separate_documents_weigh_every_target_alike(tmp_path, dp):
 
 
 CELLS = [cell for cell in legal_cells() if cell[2] != "fp32" or cell[1] == "cpu_param"]
+CELLS = [cell for cell in CELLS if not cell[1].startswith("nvme")]  # test_swapping.py, with a model that is large enough
 
 
 @pytest.mark.sampled(6)

@@ -202,7 +202,7 @@ def logical_state(engine: Any) -> dict[str, str]:
 
     slots, optimizer = layout.slots(engine), layout.inner_optimizer(engine)
     pieces = [
-        (f.tensor.name, f.tensor.key, f.tensor.shape, f.box, f.start, f.view.detach().clone())
+        (f.tensor.name, f.tensor.key, f.tensor.shape, f.box, f.start, _values(f))
         for f in optimizers.fragments(slots, optimizer, position=layout.position(engine))
         + layout.buffer_fragments(engine.module)
     ]
@@ -227,6 +227,15 @@ def logical_state(engine: Any) -> dict[str, str]:
     steps = {scalar.value for scalar in optimizers.scalars(slots, optimizer) if scalar.key == "step"}
     assert len(steps) <= 1
     return digests | {f"group {name}": str(sorted(s.items())) for name, s in group_settings(engine).items()}
+
+
+def _values(fragment: Any) -> torch.Tensor:
+    """A copy of a fragment, from its swap file where it is in one."""
+    if fragment.file is None:
+        return fragment.view.detach().clone()
+    values = torch.empty(fragment.numel, dtype=fragment.view.dtype)
+    fragment.file.read_into(values.data_ptr(), 0, values.numel() * values.element_size())
+    return values
 
 
 def group_settings(engine: Any) -> dict[str, dict[str, Any]]:

@@ -317,7 +317,10 @@ def test_stage_4() -> None:
             {"stage": 2, "offload_param": {"device": "cpu"}},
             {"zero.stage": 2, "offload.optimizer": "cpu", "offload.param": "cpu"},
         ),
-        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, {"zero.stage": 2, "offload.optimizer": "nvme"}),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme"}},
+            {"zero.stage": 2, "offload.optimizer": "nvme", "offload.nvme_path": "/mnt"},
+        ),
         (
             {"stage": 2, "offload_optimizer": {"device": "cpu", "super_offload": True}},
             {
@@ -336,7 +339,7 @@ def test_offload_that_a_stage_cannot_do_is_accepted_and_ignored(block: dict[str,
         accepted.zero_optimization_stage == block["stage"],
         "runtime/zero/config.py:164",
         "offload_param: Optional",
-        "configs/rules.py (_offload, _available, _deepspeed_extra)",
+        "configs/rules.py (_offload, _nvme, _deepspeed_extra)",
     )
     assert len(problem_keys(changes)) == 1
 

@@ -24,9 +24,11 @@ line by line and fails when they move):
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from anyshard.parallel.part import part_of
 from anyshard.parallel.whole import whole_of
 from anyshard.trainer.checkpoint.boxes import Box, full_box
 from anyshard.trainer.checkpoint.manifest import BUFFER, PARAM, Tensor
+from anyshard.trainer.checkpoint.swapped import SwapFile, files_of, is_swapped, stand_in
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Slot:
         owner: `flat` as the optimizer knows it (the key of its state); None for a parameter that it does not step.
         replicated: every rank of the data-parallel group holds the same.
         shard: the box of the global parameter that tensor parallelism gave this rank; None for the whole.
+        files: id of the tensors that are in swap files and not in memory -> the file.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Slot:
     owner: torch.Tensor | None
     replicated: bool
     shard: Box | None = None
+    files: Mapping[int, Path] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Fragment:
     Attributes:
         shard: the box of the global tensor that an axis such as tensor parallelism gave this rank; None for the whole.
         owner: what the optimizer steps when it changes these elements; None where it never does.
+        file: where the elements are while they are not in memory; the view then stands in for them, and has no values.
 
     Shape: view is flat, one element for each.
     """
@@ -81,6 +87,7 @@ class Fragment:
     replicated: bool
     shard: Box | None = None
     owner: torch.Tensor | None = None
+    file: SwapFile | None = None
 
     @property
     def numel(self) -> int:
@@ -193,7 +200,9 @@ def slots(engine: Any) -> list[Slot]:
             "Use zero=z1 for a 16-bit run (at dp 1 it costs nothing more)."
         )
     stepped = {id(param) for group in groups for param in group}
-    return found + [_unstepped(name, param) for param, name in names.items() if id(param) not in stepped]
+    found += [_unstepped(name, param) for param, name in names.items() if id(param) not in stepped]
+    files = files_of(engine) if engine.zero_optimization_stage() == 3 else {}
+    return [dataclasses.replace(slot, files=files) for slot in found] if files else found
 
 
 def _flat_partition_slots(groups: Any, flats: Any, names: dict[nn.Parameter, str]) -> Iterator[Slot]:
@@ -250,14 +259,17 @@ def view_of(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
 
 def param_fragment(slot: Slot) -> Fragment:
     """The value of the parameter itself."""
-    tensor = Tensor(slot.name, PARAM, dtype_name(slot.flat.dtype), slot.shape)
-    return Fragment(tensor, slot.start, view_of(slot, slot.flat), slot.replicated, slot.shard, slot.owner)
+    return state_fragment(slot, PARAM, slot.flat)
 
 
 def state_fragment(slot: Slot, key: str, state: torch.Tensor) -> Fragment:
-    """A tensor state of the optimizer."""
+    """A tensor state of the optimizer, where it is now."""
     tensor = Tensor(slot.name, key, dtype_name(state.dtype), slot.shape)
-    return Fragment(tensor, slot.start, view_of(slot, state), slot.replicated, slot.shard, slot.owner)
+    path, file = slot.files.get(id(state)), None
+    if path is not None:
+        file = SwapFile(path, slot.offset * state.element_size())
+    view = view_of(slot, state) if file is None else stand_in(slot.numel, state.dtype)
+    return Fragment(tensor, slot.start, view, slot.replicated, slot.shard, slot.owner, file)
 
 
 def buffer_fragments(module: nn.Module) -> list[Fragment]:
@@ -326,6 +338,8 @@ def refresh(engine: Any) -> None:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for number in range(len(optimizer.fp16_groups)):
+            if is_swapped(engine, number):  # done while it was in memory
+                continue
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()
     elif engine.zero_optimization_stage():

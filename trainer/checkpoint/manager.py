@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from anyshard.configs.errors import CheckpointError
 from anyshard.configs.places import place
-from anyshard.trainer.checkpoint import catalog, layout, optimizers, ram, retention
+from anyshard.trainer.checkpoint import catalog, layout, optimizers, ram, retention, swapped
 from anyshard.trainer.checkpoint.capture import restore_scaler
 from anyshard.trainer.checkpoint.exchange import Exchange
 from anyshard.trainer.checkpoint.faults import faults_of_environment
@@ -278,17 +278,19 @@ class CheckpointManager:
     def _fill(self, engine: Any, optimizer: torch.optim.Optimizer, found: _Stored) -> list[str]:
         """Write the stored state into this rank's tensors, groups and counters; returns notes."""
         record = found.commit.engine
-        targets, notes = optimizers.create_states(
-            layout.slots(engine),
-            optimizer,
-            found.tensors(),
-            found.scalars(),
-            steps=int(record["optimizer_steps"]),
-            position=layout.position(engine),
-        )
-        targets += layout.buffer_fragments(engine.module)
-        notes += _dtype_notes(targets, found)
-        read_into(found.path, targets, found.chunks, verify=self._verify)
+        notes: list[str] = []
+        tensors: list[Tensor] = []
+        more = layout.buffer_fragments(engine.module)
+        position = layout.position(engine)
+        stored, scalars, steps = found.tensors(), found.scalars(), int(record["optimizer_steps"])
+        for slots in swapped.in_turn(engine, layout.slots(engine)):
+            targets, said = optimizers.create_states(slots, optimizer, stored, scalars, steps=steps, position=position)
+            targets, more = targets + more, []
+            read_into(found.path, targets, found.chunks, verify=self._verify)
+            notes += said
+            tensors += [target.tensor for target in targets]
+        notes += _dtype_notes(tensors, found)
+        optimizers.replay_bias_correction(optimizer)
         optimizers.set_hyper_parameters(optimizer, found.commit.optimizer["groups"])
         engine.global_steps = int(record["global_steps"])
         engine.skipped_steps = int(record["skipped_steps"])
@@ -343,11 +345,11 @@ def _check(engine: Any, optimizer: torch.optim.Optimizer, found: _Stored) -> Non
     layout.slots(engine)  # refuses an engine whose state cannot be reached
 
 
-def _dtype_notes(targets: Iterable[layout.Fragment], found: _Stored) -> list[str]:
+def _dtype_notes(tensors: Iterable[Tensor], found: _Stored) -> list[str]:
     changed: dict[tuple[str, str, str], int] = {}
-    for target in targets:
-        stored = found.chunks[target.tensor.name, target.tensor.key][0].tensor.dtype
-        if stored != target.tensor.dtype:
-            kind = (target.tensor.key, stored, target.tensor.dtype)
+    for tensor in tensors:
+        stored = found.chunks[tensor.name, tensor.key][0].tensor.dtype
+        if stored != tensor.dtype:
+            kind = (tensor.key, stored, tensor.dtype)
             changed[kind] = changed.get(kind, 0) + 1
     return [f"{count} tensors [{key}] stored as {old} are {new} here" for (key, old, new), count in changed.items()]

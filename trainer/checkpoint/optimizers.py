@@ -215,8 +215,6 @@ def create_states(
                 notes.append(f"{slot.name} had no {', '.join(missing)} in the checkpoint: zeros, as for a new parameter")
                 for key in missing:
                     state_fragment(slot, key, state[key]).view.zero_()
-    if habits.kind == "adam" and habits.step == "int":
-        _replay_bias_correction(optimizer)
     return targets, notes + _fresh_notes(fresh)
 
 
@@ -283,11 +281,12 @@ def _as_stored(scalar: Scalar) -> Any:
     return torch.tensor(scalar.value, dtype=getattr(torch, scalar.kind))
 
 
-def _replay_bias_correction(optimizer: Any) -> None:
-    """Bring DeepSpeedCPUAdam's running powers of beta to where the steps taken so far left them.
+def replay_bias_correction(optimizer: Any) -> None:
+    """At the end of a restore bring DeepSpeedCPUAdam's running powers of beta to where the steps taken so far left them.
 
     The C++ optimizer multiplies beta^t up step by step, in float, and would start from pow(beta, t) after a restore: a last-bit
-    difference, and the run would not be the uninterrupted one. One element is stepped for every step that was taken.
+    difference, and the run would not be the uninterrupted one. One element is stepped for every step that was taken. For other
+    optimizers this does nothing.
     Source: deepspeed 0.19.8 csrc/includes/cpu_adam.h:71, IncrementStep.
     """
     update = getattr(getattr(optimizer, "ds_opt_adam", None), "adam_update", None)

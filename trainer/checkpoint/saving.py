@@ -29,7 +29,7 @@ from anyshard.trainer.checkpoint.manifest import Commit
 from anyshard.trainer.checkpoint.protocol import Protocol
 from anyshard.trainer.checkpoint.retention import Retention
 from anyshard.trainer.checkpoint.snapshot import FilePlan, Snapshot, UpdateGuard
-from anyshard.trainer.checkpoint.staging import BLOCK_BYTES, MIN_BLOCKS, StagingPool, free_host_bytes, max_blocks
+from anyshard.trainer.checkpoint.staging import BLOCK_BYTES, MIN_BLOCKS, StagingPool, blocks_for, free_host_bytes, max_blocks
 from anyshard.trainer.checkpoint.store import store_of
 from anyshard.trainer.checkpoint.throttle import Throttle
 from anyshard.trainer.checkpoint.views import Views
@@ -301,8 +301,10 @@ class Saver:
 
 
 def _num_blocks(plan: FilePlan) -> int:
-    """Blocks of a snapshot, with one for buffers."""
-    return len(plan.blocks) + 1
+    """Blocks of a snapshot, with one for buffers; what is in swap files is read into few of them."""
+    if not plan.file_bytes:
+        return len(plan.blocks) + 1
+    return blocks_for(plan.num_bytes - plan.file_bytes) + MIN_BLOCKS
 
 
 def _record_of(save: PendingSave) -> Commit:

@@ -92,6 +92,7 @@ class FilePlan:
         num_bytes: size of the data file.
         needed: id of what the optimizer steps -> pieces up to its last one.
         device: of the fragments that are not in host memory; None where all are.
+        file_bytes: of the pieces that are in swap files, and go through few blocks of memory.
     """
 
     blocks: list[list[Piece]]
@@ -99,18 +100,20 @@ class FilePlan:
     num_pieces: int
     needed: dict[int, int]
     device: torch.device | None
+    file_bytes: int = 0
 
     @classmethod
     def of(cls, fragments: Iterable[Fragment], chunk_bytes: int, block_bytes: int) -> FilePlan:
         """Lay fragments out as `cut` does."""
         blocks, num_bytes = cut(fragments, chunk_bytes, block_bytes)
-        num_pieces, needed, device = 0, {}, None
+        num_pieces, needed, device, in_files = 0, {}, None, 0
         for piece in (piece for pieces in blocks for piece in pieces):
             num_pieces += 1
+            in_files += 0 if piece.fragment.file is None else piece.nbytes
             if piece.fragment.owner is not None:
                 needed[id(piece.fragment.owner)] = num_pieces
             device = piece.fragment.view.device if piece.fragment.view.is_cuda else device
-        return cls(blocks, num_bytes, num_pieces, needed, device)
+        return cls(blocks, num_bytes, num_pieces, needed, device, in_files)
 
     def then(self, fragments: Iterable[Fragment], chunk_bytes: int, block_bytes: int) -> FilePlan:
         """The same with more fragments, in blocks of their own after the others."""
@@ -125,6 +128,7 @@ class FilePlan:
             self.num_pieces + more.num_pieces,
             needed,
             more.device or self.device,
+            self.file_bytes + more.file_bytes,
         )
 
 
@@ -205,10 +209,14 @@ class Snapshot:
             yield Filled(block, offset, end - offset, pieces, copied)
 
     def _copy_piece(self, piece: Piece, block: Block, at: int) -> None:
-        view = piece.fragment.view.narrow(0, piece.start, piece.numel)
         padding = _aligned(piece.nbytes) - piece.nbytes
         if padding:
             ctypes.memset(block.address + at + piece.nbytes, 0, padding)
+        if piece.fragment.file is not None:
+            start = piece.start * ITEM_BYTES[piece.fragment.tensor.dtype]
+            piece.fragment.file.read_into(block.address + at, start, piece.nbytes)
+            return
+        view = piece.fragment.view.narrow(0, piece.start, piece.numel)
         if self._side is not None and view.is_cuda:
             self._side.copy(block.tensor.narrow(0, at, piece.nbytes), view)
         else:

@@ -13,6 +13,16 @@ STATES: dict[str, tuple[str, ...]] = {
 """Names of the fp32 state tensors that have one element for each element of a parameter."""
 
 
+UNKNOWN_STATES = 2
+"""Of a plugin's optimizer: as AdamW."""
+
+
+def num_states(name: str, *, momentum: float = 0.9) -> int:
+    """State tensors beside the fp32 master; a plugin's optimizer counts as AdamW."""
+    size = state_bytes_per_param(name, momentum=momentum)
+    return UNKNOWN_STATES if size is None else size // FP32_BYTES
+
+
 def state_bytes_per_param(name: str, *, momentum: float = 0.9) -> int | None:
     """Bytes of optimizer state for one element of a parameter, without the fp32 master; None for a plugin's optimizer.
 

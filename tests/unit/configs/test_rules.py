@@ -39,8 +39,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parallel.pp": 2, "launch.procs_per_node": 2, "zero.stage": 2}, "zero.stage", "shards optimizer states only"),
     ({"parallel.ep": 2}, "parallel.ep", "zero=z3 shards the experts"),
     ({"parallel.pp": 2, "parallel.sp": 2, "launch.procs_per_node": 4}, "parallel.sp", "cannot split sequences as well"),
-    ({"offload.optimizer": "nvme"}, "offload.optimizer", "Use offload=cpu"),
-    ({"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3}, "offload.param", "host memory only"),
     # ranks and batch
     ({"launch.nodes": 2, "launch.min_nodes": 3}, "launch.min_nodes", "Set it to at most 2"),
     ({"launch.nodes": 2, "launch.max_nodes": 1}, "launch.max_nodes", "Set it to at least 2"),
@@ -78,6 +76,31 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"offload.optimizer": "cpu", "zero.stage": 0, "precision.dtype": "fp32"}, "offload.optimizer", "ignores it at stage 0"),
     ({"offload.param": "cpu", "offload.optimizer": "cpu", "zero.stage": 2}, "offload.param", "Use zero=z3, or offload=cpu."),
     ({"offload.param": "cpu", "zero.stage": 3}, "offload.param", "Use offload=cpu_param"),
+    ({"offload.optimizer": "nvme", "offload.nvme_path": "/mnt"}, "offload.optimizer", "keeps it in host memory without a word"),
+    ({"offload.optimizer": "nvme", "zero.stage": 3}, "offload.nvme_path", "such as /mnt/nvme, or use offload=cpu"),
+    (
+        {"offload.param": "nvme", "offload.optimizer": "cpu", "zero.stage": 3, "offload.nvme_path": " "},
+        "offload.nvme_path",
+        "needs a place",
+    ),
+    (
+        {"offload.optimizer": "nvme", "zero.stage": 3, "offload.nvme_path": "/mnt", "optimizer.name": "adagrad"},
+        "optimizer.name",
+        "or an optimizer of adamw, lion, sgd",
+    ),
+    ({"offload.overlap": "writes"}, "offload.overlap", "Set one of none, read, write, both."),
+    (
+        {
+            "offload.param": "nvme",
+            "offload.optimizer": "cpu",
+            "zero.stage": 3,
+            "offload.nvme_path": "/mnt",
+            "zero.hpz_partition_size": 2,
+            "launch.procs_per_node": 2,
+        },
+        "zero.hpz_partition_size",
+        "Set it to 1, or offload.param=cpu.",
+    ),
     ({"offload.ratio": 0.5, "offload.optimizer": "cpu", "zero.stage": 3}, "offload.ratio", "a second optimizer"),
     ({"zero.hpz_partition_size": 2}, "zero.hpz_partition_size", "Use zero=z3"),
     (

@@ -34,7 +34,7 @@ def optimizer_files(
         folder: `nvme_path` of the optimizer.
         threads: of its asynchronous I/O.
 
-    Source: deepspeed 0.19.8 runtime/zero/stage3.py:1113 (`ds_id` of a sub-group), swap_tensor/optimizer_utils.py:33, :492.
+    Source: deepspeed 0.19.8 runtime/zero/stage3.py:1110 (`ds_id` of a sub-group), swap_tensor/optimizer_utils.py:33, :492.
     """
     home = folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
     files: dict[Path, int] = {}

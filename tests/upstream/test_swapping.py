@@ -12,7 +12,7 @@ MENDING = "offload/mending.py"
 @pytest.mark.parametrize(
     ("where", "text"),
     [
-        ("runtime/zero/stage3.py:1113", "for i, tensor in enumerate(self.fp16_partitioned_groups_flat):"),
+        ("runtime/zero/stage3.py:1110", "for i, tensor in enumerate(self.fp16_partitioned_groups_flat):"),
         ("runtime/zero/stage3.py:1210", "def _create_fp16_sub_groups(self, params_group):"),
         ("runtime/zero/stage3.py:1443", "def _offload_grad_partition_at_boundary("),
         ("runtime/zero/stage3.py:2710", "def _optimizer_states_and_gradient_swap_in("),

@@ -63,3 +63,22 @@ for package in (anyshard.launch, anyshard.configs):
 assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_control_group_bounds_the_memory(tmp_path):
+    proc, root = tmp_path / "cgroup", tmp_path / "sys"
+    proc.write_text("9:name=systemd:/\n4:memory:/jobs/a\n0::/user/b\n")
+    for folder, name, limit in (
+        ("memory/jobs/a", "memory.limit_in_bytes", str(2**63 - 4096)),
+        ("memory/jobs", "memory.limit_in_bytes", "3000"),
+        ("user/b", "memory.max", "max"),
+        ("user", "memory.max", "5000"),
+    ):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / name).write_text(limit)
+    assert env.memory_limit_bytes(proc, root) == 3000
+    (root / "memory/jobs/memory.limit_in_bytes").unlink()
+    assert env.memory_limit_bytes(proc, root) == 5000
+    (root / "user/memory.max").unlink()
+    assert env.memory_limit_bytes(proc, root) is None
+    assert env.memory_limit_bytes(tmp_path / "none", root) is None

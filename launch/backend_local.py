@@ -139,6 +139,12 @@ class _Tree:
             self._trained.update({rank.pid: rank for rank in self._ranks if rank.pid not in self._trained and _is_rank(rank)})
         return [rank for rank in self._ranks if _runs(rank)]
 
+    def remind(self, signum: int) -> None:
+        """Send a signal to the ranks once more: those that had only just been started did not hear it."""
+        for rank in self._trained.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signum)
+
     def lives(self) -> bool:
         """Whether any of it does. Looks for new ranks once a second."""
         if self.torchrun.poll() is not None:
@@ -215,9 +221,13 @@ def _watch(process: subprocess.Popen[bytes], log: Path, errors: Path, *, report_
 
     previous = {number: signal.signal(number, forward) for number in signals_of_people()}
     failed_at: float | None = None
+    reminded_at = time.monotonic()
     try:
         while tree.lives():
             time.sleep(0.05)
+            if wishes and time.monotonic() - reminded_at > 1:
+                reminded_at = time.monotonic()
+                tree.remind(wishes[0])
             failed = _one_has_failed(tree, errors, log.parent.parent, wished=bool(wishes))
             failed_at = (failed_at or time.monotonic()) if failed else None
             if failed_at is None or time.monotonic() - failed_at <= GRACE_S:

@@ -52,9 +52,8 @@ class Signals:
         self._before.clear()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.over:
+        if self.over or self.received is not None:  # others may follow while the ranks save and end
             return
-        if self.received is None:  # the first is the reason: others may follow while the ranks save and end
-            self.received = signum
+        self.received = signum
         if not self.training:
             raise Interrupted(signum)

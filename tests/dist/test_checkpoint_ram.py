@@ -105,3 +105,33 @@ def test_a_loss_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
         assert not memory.exists()
     finally:
         ram.discard(memory)
+
+
+def die_in_the_last_save(run_dir: str, overrides: list[str]) -> None:
+    """Rank 1 is killed when its state shall become durable, as by a grace period that is over."""
+    import torch.distributed as dist
+
+    from anyshard import compose, fit
+    from anyshard.trainer.checkpoint.manager import CheckpointManager
+    from anyshard.trainer.signals import Signals
+
+    def save(self: CheckpointManager, *args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args, **kwargs)
+
+    real, CheckpointManager.save = CheckpointManager.save, save  # type: ignore[method-assign]
+    fit(compose([*TINY, f"run.dir={run_dir}", *overrides]), signals=Signals())
+
+
+def test_a_stop_puts_the_state_into_memory_before_it_is_saved(tmp_path: Path) -> None:
+    memory = ram.folder_of(tmp_path)
+    seldom = [*RUN, "checkpoint.ram_every_steps=100"]
+    try:
+        with pytest.raises(RanksError):
+            run_ranks(die_in_the_last_save, 2, run_dir=str(tmp_path), overrides=[*seldom, "stop.at_step=4"], fresh=True)
+        assert ram.newest_step(tmp_path / "checkpoints") == -1
+        train(tmp_path, [*seldom, "stop.at_step=5"], 2)
+        assert restores(tmp_path) == [(4, True)]
+    finally:
+        ram.discard(memory)

@@ -73,7 +73,7 @@ def test_a_cable_that_is_cut_is_noticed_in_seconds_and_the_host_is_named(two, tm
     assert [line.split(":")[0] for line in preflight["nodes"]] == ["n0", "n1"]
     two[1].cable(plugged=False)
     cut = time.monotonic()
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=90)
     took_s = time.monotonic() - cut
     assert first.returncode == 1, out + err
     assert "HostLostError: n1 is silent for" in err
@@ -81,7 +81,7 @@ def test_a_cable_that_is_cut_is_noticed_in_seconds_and_the_host_is_named(two, tm
     assert lost["host"] == "n1"
     assert lost["silent_s"] < 6
     assert took_s < 20
-    out, err = second.communicate(timeout=60)
+    out, err = second.communicate(timeout=90)
     assert second.returncode == 1, out + err
     assert "n0 is silent for" in err
 
@@ -95,8 +95,8 @@ def test_the_deepspeed_launcher_on_two_hosts(two, tmp_path):
     command = ["-m", "deepspeed.launcher.runner", "--hostfile", str(run / "launch/hostfile"), "--no_ssh", "--node_rank", "1"]
     command += ["--master_addr", "n0", "--master_port", "29511", "--module", "anyshard.trainer.run", "--run-dir", str(run)]
     second = on(two[1], tmp_path, *command)
-    out, err = first.communicate(timeout=120)
+    out, err = first.communicate(timeout=240)
     assert first.returncode == 75, out + err
-    second.communicate(timeout=60)
+    second.communicate(timeout=90)
     assert happened(run, "start")[0]["hosts"] == ["n0", "n1"]
     assert happened(run, "commit")[-1]["step"] == 20

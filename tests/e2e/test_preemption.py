@@ -55,10 +55,11 @@ def wait_for_phase(phase: str, run: Path, process: subprocess.Popen[str], chance
     time.sleep({"command": 1.0, "start": 5.0, "restore": 1.0}.get(phase, 0.1) * chance.random())
 
 
-def send(process: subprocess.Popen[str], chance: random.Random) -> str:
+def send(process: subprocess.Popen[str], phase: str, chance: random.Random) -> str:
     """One signal or two, to the launcher or to one rank; returns what was done."""
     number = chance.choice(SIGNALS)
-    ranks = rank_pids(process) if process.poll() is None else []
+    # a rank that has only just been started does not hear a signal; the launcher repeats those that it gets
+    ranks = rank_pids(process) if process.poll() is None and phase not in ("command", "start", "restore") else []
     target = chance.choice(ranks) if ranks and chance.random() < 0.3 else process.pid
     for _ in range(chance.choice((1, 1, 2))):
         if process.poll() is None and psutil.pid_exists(target):
@@ -79,8 +80,8 @@ def preempt(folder: Path, count: int, chance: random.Random) -> list[str]:
         begun = ["resume", run.name] if (run / "config.yaml").exists() else ["train", *OPTIONS, f"run.dir={run.name}"]
         process = start(*begun, cwd=folder)
         wait_for_phase(phase, run, process, chance)
-        sent = send(process, chance)
-        code, out, err = finish(process, timeout_s=120)
+        sent = send(process, phase, chance)
+        code, out, err = finish(process, timeout_s=180)
         line = f"trial {trial}: {phase}, {sent}: exit code {code}"
         told.append(line)
         print(line, flush=True)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers.cli import anyshard, environment, happened, steps
 from helpers.slurm import Cluster, end_jobs, slurm_cluster, why_not
+
+from anyshard.launch.slurm import submitted_job
 
 pytestmark = pytest.mark.e2e
 
@@ -167,3 +170,80 @@ def test_the_time_limit_is_read_by_itself(cluster, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 75, done.stdout + done.stderr
     assert happened(tmp_path / "run", "stop")[0]["reason"] == "the time limit of the job"
+
+
+def ranks_on(cluster: Cluster, node: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            told = process.environ()
+            mine = str(cluster.folder) in told.get("SLURM_CONF", "") and told.get("SLURMD_NODENAME") == node
+            if mine and "anyshard.trainer.run" in process.cmdline() and "SLURM_PROCID" in told:
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_node_on_which_ranks_die_twice_is_left_out(cluster, tmp_path):
+    run = tmp_path / "run"
+    saves = [*LONG, "checkpoint.every_steps=5", "launch.backoff_s=1", "launch.min_nodes=1"]
+    job = submit(cluster, tmp_path, *saves)
+    for attempt in (1, 2):
+        wait_for(lambda: len(happened(run, "start")) == attempt and happened(run, "commit"), 150)  # noqa: B023
+        committed = len(happened(run, "commit"))
+        wait_for(lambda: len(happened(run, "commit")) > committed, 60)  # noqa: B023
+        (rank,) = ranks_on(cluster, "n2")
+        rank.kill()
+        if attempt == 1:
+            cluster.wait_for(job, "PENDING")
+            cluster.run("scontrol", "update", f"jobid={job}", SOON)
+    wait_for(lambda: submitted_job(run) != job, 60)
+    new = submitted_job(run)
+    wait_for(lambda: f"job {new} goes on, without n2" in output(run, job), 20)
+    told = output(run, job)
+    assert "rank 1 failed on n2" in told
+    assert "goes back into the queue: the ranks failed" in told
+    assert "n2 has failed twice and is left out" in told
+    wait_for(lambda: len(happened(run, "start")) == 3, 150)
+    assert happened(run, "start")[-1]["hosts"] == ["n1"]
+    cluster.run("scancel", new)
+
+
+@pytest.mark.slow
+def test_a_node_that_fails_is_done_without(cluster, tmp_path):
+    """Its slurmd and all that ran there are killed; the job goes on, on the rest and in another layout."""
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, *LONG, "checkpoint.every_steps=5", "launch.min_nodes=1", "launch.backoff_s=1")
+    wait_for(lambda: len(happened(run, "commit")) > 1, 150)
+    cluster.lose_node("n2")
+    try:
+        # whoever is first: the script, whose ranks have failed, or Slurm, which misses the node and starts the job anew
+        wait_for(lambda: cluster.state(job) == "PENDING" or happened(run, "restore"), 150)
+        if cluster.state(job) == "PENDING":
+            cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+15")  # by then Slurm knows it
+        wait_for(lambda: happened(run, "restore"), 150)
+        restored = happened(run, "restore")[-1]
+        assert (restored["saved_layout"]["dp"], restored["layout"]["dp"]) == (2, 1)
+        assert happened(run, "start")[-1]["hosts"] == ["n1"]
+        wait_for_step(run, restored["step"] + 10)
+        cluster.run("scancel", job)
+        cluster.wait_for(job, "CANCELLED")
+    finally:
+        cluster.bring_back("n2")
+
+
+def test_a_sweep_ends_with_a_table_that_a_job_writes(cluster, tmp_path):
+    done = anyshard("train", "-m", *TWO_NODES, "seed=1,2", "launch.nodes=1", "train.max_steps=3", cwd=tmp_path, env=cluster.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (results,) = {line.split()[-1] for line in done.stdout.splitlines() if line.startswith("when all of them have ended")}
+    wait_for(lambda: "done" in (Path(results).read_text() if Path(results).exists() else ""), 150)
+    table = Path(results).read_text()
+    assert table.count("done") == 2
+    assert "seed" in table
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, f"not within {timeout_s} s"
+        time.sleep(0.1)

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 NODES = ("n1", "n2")
@@ -66,6 +68,7 @@ class Cluster:
     """A running cluster."""
 
     folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
@@ -92,6 +95,34 @@ class Cluster:
             time.sleep(0.2)
         return state
 
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Start a daemon."""
+        with (self.folder / f"{name}.out.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command,
+                env={**os.environ, **self.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_unblock,
+            )
+
+    def lose_node(self, name: str) -> None:
+        """End a node as a power failure does: its slurmd and all that runs under it."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                told = process.environ()
+                if str(self.folder) in told.get("SLURM_CONF", "") and told.get("SLURMD_NODENAME") == name:
+                    process.kill()
+
+    def bring_back(self, name: str) -> None:
+        """Start a lost node again, and wait until jobs may have it."""
+        self.start(name, ["slurmd", "-D", "-N", name])
+        _wait(lambda: "idle" in self.run("sinfo", "-h", "-n", name, "-o", "%T"), f"idle {name}", self)
+
     def logs(self) -> str:
         """The end of what the daemons say, for a failed test."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
@@ -117,31 +148,19 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         ("slurmctld", ["slurmctld", "-D", "-i"]),
         *((node, ["slurmd", "-D", "-N", node]) for node in NODES),
     ]
-    daemons: list[subprocess.Popen[bytes]] = []
     try:
         for name, command in commands:
-            log = (folder / f"{name}.out.log").open("wb")
-            daemons.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **cluster.env},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=_unblock,
-                )
-            )
-            log.close()
+            cluster.start(name, command)
             if name == "munged":
                 _wait(lambda: (folder / "munge.socket").exists(), "munged", cluster)
         _wait(lambda: cluster.run("sinfo", "-h", "-o", "%T %D") == "idle 2", "two idle nodes", cluster)
         yield cluster
     finally:
         end_jobs(cluster)
-        for daemon in reversed(daemons):
+        daemons = list(reversed(cluster.daemons.values()))
+        for daemon in daemons:
             daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(daemons):
+        for daemon in daemons:
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:

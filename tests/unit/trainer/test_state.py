@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from anyshard.trainer.state import Progress, derived_seed, load_rng_state, rng_state, seed_everything
+from anyshard.trainer.state import Progress, RngMark, derived_seed, load_rng_state, rng_state, seed_everything
 
 
 def draw():
@@ -35,3 +35,11 @@ def test_progress_is_plain_json():
         "tokens": 49152,
         "evaluation": {"loss": 2.5},
     }
+
+
+def test_going_back_to_a_mark_repeats_the_same_numbers():
+    mark = RngMark()
+    first = draw()
+    assert draw() != first
+    mark.go_back()
+    assert draw() == first

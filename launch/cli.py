@@ -14,6 +14,9 @@ from anyshard import __version__
 from anyshard.configs.errors import EXIT_CONFIG, AnyshardError
 from anyshard.configs.places import as_env_error
 
+EXIT_CTRL_C = 128 + 2
+"""What shells make of a program that SIGINT has ended."""
+
 app = typer.Typer(
     name="anyshard",
     no_args_is_help=True,
@@ -365,3 +368,5 @@ def main() -> None:
         if error.exit_code == EXIT_CONFIG and sys.argv[1:2] in (["train"], ["resume"]):
             print("Nothing was started.", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # whoever presses Ctrl-C needs no traceback
+        sys.exit(EXIT_CTRL_C)

@@ -42,3 +42,14 @@ def test_resume_takes_files_of_the_users_own(tmp_path: Path, capsys: pytest.Capt
         cli.resume(run, ["zero=mine"], config_dir=folder, dry_run=True)
     assert left.value.exit_code == 0
     assert "ZeRO 2" in capsys.readouterr().out
+
+
+def test_ctrl_c_needs_no_traceback(monkeypatch, capsys):
+    def pressed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", pressed)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.EXIT_CTRL_C
+    assert capsys.readouterr().err == ""

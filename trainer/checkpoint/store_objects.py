@@ -15,6 +15,7 @@ from typing import Any
 
 from anyshard.trainer.checkpoint import catalog, retention
 from anyshard.trainer.checkpoint.manifest import COMMIT
+from anyshard.trainer.checkpoint.multipart import Upload
 from anyshard.trainer.checkpoint.store import Reach, Write
 
 PART_BYTES = 16 * 2**20
@@ -45,9 +46,15 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def data_file(self, path: Path, num_bytes: int) -> Iterator[Write]:
-        """Uploaded in parts, each as soon as it is full; nothing is left of an upload that fails."""
+        """Uploaded in parts, each as soon as it is full, on S3 several at a time; nothing is left of an upload that fails."""
         part_bytes = max(PART_BYTES, -(-num_bytes // MAX_PARTS))
-        file: Any = _system(path).open(str(path), "wb", block_size=part_bytes)
+        system = _system(path)
+        if hasattr(system, "call_s3"):
+            bucket, key, _ = system.split_path(str(path))
+            with _uploaded(Upload(system.call_s3, bucket, key, part_bytes=part_bytes)) as upload:
+                yield lambda data, offset: upload.write(data)
+            return
+        file: Any = system.open(str(path), "wb", block_size=part_bytes)
         try:
             yield lambda data, offset: _append(file, data, offset)
         except BaseException:
@@ -111,6 +118,16 @@ class ObjectStore:
                 (found.path / COMMIT).unlink()
                 renamed.append(f"{found.path.name}/{aside.name}")
         return renamed
+
+
+@contextlib.contextmanager
+def _uploaded(upload: Upload) -> Iterator[Upload]:
+    try:
+        yield upload
+        upload.finish()
+    except BaseException:
+        upload.abort()
+        raise
 
 
 def _names_in(directory: Path) -> list[Path]:

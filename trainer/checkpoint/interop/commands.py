@@ -32,7 +32,11 @@ def open_source(path: Path, *, weights_only: bool = False) -> Source:
     """
     path = place(path)
     if is_remote(path):  # what others write is read from file systems only
-        return Stored(catalog.resolve(path))
+        try:
+            return Stored(catalog.resolve(path))
+        except CheckpointError as error:
+            text = "From an object store only checkpoints of anyshard are read: copy those of other formats here first."
+            raise CheckpointError(f"{error} {text}") from error
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder.")
     if (path / COMMIT).exists() or catalog.list_checkpoints(path) or catalog.list_checkpoints(checkpoint_dir_in(path)):

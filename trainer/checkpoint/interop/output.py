@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anyshard.configs.errors import CheckpointError, ConfigError, DiskFullError, EnvError, Problem
+from anyshard.configs.places import is_remote
 from anyshard.trainer.checkpoint.retention import LEASE, lease, writer_is_dead
 from anyshard.trainer.checkpoint.storage import is_disk_full, sync_directory, write_durably
 
@@ -19,8 +20,11 @@ def refuse_occupied(out: Path) -> None:
     """Refuse to write where something is.
 
     Raises:
-        ConfigError: `out` is a file, or a folder that is not empty.
+        ConfigError: `out` is a file, a folder that is not empty, or in an object store.
     """
+    if is_remote(out):
+        reason = "what is written here appears by renaming a folder, and an object store cannot do that."
+        raise ConfigError(Problem("OUT", out, reason, "Give a folder of this machine, and upload it with COMMIT last."))
     occupied = None
     if out.is_dir():
         occupied = "this folder is not empty." if any(out.iterdir()) else None
@@ -41,8 +45,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         DiskFullError: the disk is full.
         EnvError: the place cannot be written.
     """
-    out = Path(os.path.abspath(out))
     refuse_occupied(out)
+    out = Path(os.path.abspath(out))
     temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

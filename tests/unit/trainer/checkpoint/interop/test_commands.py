@@ -11,6 +11,7 @@ from helpers.interop import silent, small_model, values_of, write_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from anyshard.configs.errors import CheckpointError, ConfigError, DiskFullError
+from anyshard.configs.places import place
 from anyshard.trainer.checkpoint import catalog
 from anyshard.trainer.checkpoint.interop.commands import COMMANDS, open_source
 from anyshard.trainer.checkpoint.interop.source import Stored
@@ -38,6 +39,22 @@ def test_where_there_is_nothing_to_open(tmp_path: Path) -> None:
         (tmp_path / "latest").write_text(name)
         with pytest.raises(CheckpointError, match=r"latest: it names .*, and there is no such folder"):
             open_source(tmp_path)
+
+
+def test_object_stores_are_read_and_not_written(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path, some_values(), world_size=2)
+    url = f"memory://interop/{tmp_path.name}"
+    there = place(url) / source.name
+    for file in source.iterdir():
+        (there / file.name).write_bytes(file.read_bytes())
+    assert run("convert", url, tmp_path / "out", 1)["step"] == run("convert", source, tmp_path / "same", 1)["step"]
+    assert run("diff", url, tmp_path / "out", False)["differences"] == []
+    with pytest.raises(ConfigError, match="an object store cannot do that"):
+        run("convert", source, f"{url}/out", None)
+    with pytest.raises(ConfigError, match="Resume from it as it is"):
+        run("import", url, tmp_path / "in", False, None)
+    with pytest.raises(CheckpointError, match="From an object store only checkpoints of anyshard are read"):
+        run("import", f"{url}/nothing", tmp_path / "in", False, None)
 
 
 @pytest.mark.parametrize("num_files", [None, 1, 2, 5])

@@ -18,6 +18,7 @@ class Device(Enum):
 class Balance(Enum):
     parameters = "parameters"
     layers = "layers"
+    time = "time"
 
 
 class Dtype(Enum):
@@ -70,7 +71,7 @@ class Parallel:
     )
     pp_balance: Balance = key(
         Balance.parameters,
-        "What stages of a pipeline share out evenly: parameters or layers.",
+        "What stages of a pipeline share out evenly: parameters, layers, or the time of a micro-batch, measured at the start.",
         why="parameters: of the heaviest stage, embedding and head included, are fewest",
     )
     pp_layers: Optional[list[int]] = key(

@@ -16,7 +16,7 @@ def stages_of(table: ParamTable, parallel: schema.Parallel) -> Stages | None:
     division = division_of(table.model_type) if parallel.pp > 1 else None
     if division is None:
         return None
-    sizes = [(param.name, param.numel) for param in table.params]
+    sizes = {param.name: param.numel for param in table.params}
     return plan_stages(division, sizes, dict(table.tied), parallel, table.num_layers)
 
 

@@ -25,7 +25,7 @@ from anyshard.configs.errors import ConfigError, Problem
 from anyshard.configs.schema import Parallel
 from anyshard.parallel.groups import Groups
 from anyshard.parallel.part import part_of
-from anyshard.parallel.stages import Stages, division_of, plan_stages, stage_problems
+from anyshard.parallel.stages import Costs, Division, Stages, division_of, plan_stages, stage_problems
 from anyshard.parallel.topology import Mesh
 from anyshard.parallel.whole import Whole, mark_whole
 
@@ -63,8 +63,13 @@ class Never(nn.Module):
 _STAND_INS: dict[str, type[nn.Module]] = {"same": Same, "zero": Zero, "never": Never}
 
 
-def divide(model: Any, parallel: Parallel, model_name: str) -> Stages:
+def divide(
+    model: Any, parallel: Parallel, model_name: str, measure: Callable[[Division], Costs | None] = lambda division: None
+) -> Stages:
     """The stages of a whole Hugging Face model, on any device.
+
+    Args:
+        measure: gives times of the parts, if they are wanted.
 
     Raises:
         ConfigError: it cannot be divided so.
@@ -80,7 +85,7 @@ def divide(model: Any, parallel: Parallel, model_name: str) -> Stages:
         raise ConfigError(problems)
     division = division_of(text.model_type)
     assert division is not None
-    return plan_stages(division, params.items(), _tied(model), parallel, text.num_hidden_layers)
+    return plan_stages(division, params, _tied(model), parallel, text.num_hidden_layers, measure(division))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

@@ -92,6 +92,34 @@ class Stages:
         return self.num_stages - 1 if part == "last" else 0
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What each part of a model costs, in any unit: decoder layers, and what the first and the last stage have beside them."""
+
+    layers: tuple[int, ...]
+    first: int
+    last: int
+
+
+def parameter_costs(
+    division: Division, params: Mapping[str, int], tied: Mapping[str, str], num_layers: int, *, multiplied: bool = False
+) -> Costs:
+    """Elements of the parameters.
+
+    Args:
+        multiplied: only of those that a token is multiplied with, as an estimate of time: embeddings are looked up.
+    """
+    layers, ends = [0] * num_layers, {"first": 0, "last": 0}
+    for name, numel in params.items():
+        part = division.part_of(name)
+        if isinstance(part, int):
+            layers[part] += numel
+        elif part is not None:
+            ends[part] += numel
+    shared = sum(params[name] for name in division.shared(tied))
+    return Costs(tuple(layers), 0 if multiplied else ends["first"], ends["last"] + shared)
+
+
 def balanced(weights: Sequence[int], first: int, last: int, num_stages: int) -> tuple[int, ...]:
     """Bounds of contiguous runs of layers, none empty, whose heaviest is as light as can be.
 
@@ -127,36 +155,34 @@ def balanced(weights: Sequence[int], first: int, last: int, num_stages: int) -> 
 
 
 def plan_stages(
-    division: Division, params: Iterable[tuple[str, int]], tied: Mapping[str, str], parallel: Parallel, num_layers: int
+    division: Division,
+    params: Mapping[str, int],
+    tied: Mapping[str, str],
+    parallel: Parallel,
+    num_layers: int,
+    times: Costs | None = None,
 ) -> Stages:
     """Divide a model; `stage_problems` must have found nothing.
 
     Args:
-        params: name and elements of every parameter, a tied one once under its first name.
+        params: elements of every parameter by name, a tied one once under its first name.
         tied: other name -> first name.
+        times: measured, for `parallel.pp_balance=time`; None estimates them from the parameters.
     """
-    layers, ends = [0] * num_layers, {"first": 0, "last": 0}
-    sizes = dict(params)
-    for name, numel in sizes.items():
-        part = division.part_of(name)
-        if isinstance(part, int):
-            layers[part] += numel
-        elif part is not None:
-            ends[part] += numel
-    if parallel.pp > 1:
-        ends["last"] += sum(sizes[name] for name in division.shared(tied))
+    sizes = parameter_costs(division, params, tied, num_layers)
     if parallel.pp_layers is not None:
-        bounds = [0]
-        for count in parallel.pp_layers:
-            bounds.append(bounds[-1] + count)
+        bounds = tuple(itertools.accumulate(parallel.pp_layers, initial=0))
     elif parallel.pp_balance is Balance.layers:
-        bounds = list(balanced([1] * num_layers, 0, 0, parallel.pp))
+        bounds = balanced([1] * num_layers, 0, 0, parallel.pp)
     else:
-        bounds = list(balanced(layers, ends["first"], ends["last"], parallel.pp))
-    loads = [sum(layers[start:stop]) for start, stop in itertools.pairwise(bounds)]
-    loads[0] += ends["first"]
-    loads[-1] += ends["last"]
-    return Stages(division, tuple(bounds), tuple(loads))
+        costs = sizes
+        if parallel.pp_balance is Balance.time:
+            costs = times or parameter_costs(division, params, tied, num_layers, multiplied=True)
+        bounds = balanced(costs.layers, costs.first, costs.last, parallel.pp)
+    loads = [sum(sizes.layers[start:stop]) for start, stop in itertools.pairwise(bounds)]
+    loads[0] += sizes.first
+    loads[-1] += sizes.last
+    return Stages(division, bounds, tuple(loads))
 
 
 def stage_problems(

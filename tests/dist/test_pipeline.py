@@ -90,3 +90,47 @@ def test_a_task_of_the_users_own(tmp_path: Path) -> None:
     assert stages[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert set(alone["evaluation"]) == {"loss", "perplexity", "largest"}
     assert stages[0]["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-5)
+
+
+def _measured(vocab_size: int) -> tuple[Any, tuple[int, ...]]:
+    """On a rank: the measured costs of a model, and the stages that come of them."""
+    import torch
+    import torch.distributed as dist
+
+    from anyshard.configs.schema import Balance, Parallel
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.stages import division_of
+    from anyshard.parallel.topology import Mesh
+    from anyshard.trainer.models.hf import build, build_stage
+    from anyshard.trainer.models.stage_times import measure
+
+    config = small_config("gpt2")
+    config.model.config = config.model.config | {"vocab_size": vocab_size}
+    config.parallel = Parallel(pp=2, pp_balance=Balance.time)
+    config.train.micro_batch_size = 2
+    cpu = torch.device("cpu")
+    before = torch.get_rng_state()
+    division = division_of("gpt2")
+    assert division is not None
+    costs = measure(
+        lambda: build(config, device=torch.device("meta"), dtype=torch.float32),
+        division,
+        config,
+        device=cpu,
+        dtype=torch.float32,
+    )
+    assert torch.equal(torch.get_rng_state(), before), "the run draws other random numbers"
+    groups = create_groups(Mesh(dp=1, pp=2), dist.get_rank())
+    return costs, build_stage(config, device=cpu, dtype=torch.float32, groups=groups).stages.bounds
+
+
+def test_stages_by_measured_time() -> None:
+    """A head of 40,000 tokens takes longer than three layers of 64 features: it is alone with the layer that it must have."""
+    first, second = run_ranks(_measured, 2, vocab_size=40_000)
+    assert first == second
+    costs, bounds = first
+    assert len(costs.layers) == 3
+    assert len(set(costs.layers)) == 1  # they are alike, and measured once
+    assert min(costs.layers) > 0
+    assert costs.last > sum(costs.layers)
+    assert bounds == (0, 2, 3)

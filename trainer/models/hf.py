@@ -33,6 +33,7 @@ from anyshard.trainer.tiling import tile_blocks
 
 if TYPE_CHECKING:
     from anyshard.parallel.pipeline import Pipeline
+    from anyshard.parallel.stages import Costs, Division
 
 _SIZE = re.compile(r"(hidden_size|intermediate_size|vocab_size|head_dim|num_|n_)")
 # taken by PretrainedConfig beside the fields of a configuration class (transformers 5.23 configuration_utils.py:428)
@@ -116,7 +117,16 @@ def build_stage(
 
     hf = hf_config(config.model, config.data)
     model = _on_meta(hf, config.model)
-    stages = divide(model, config.parallel, config.model.name)
+
+    def measured(division: Division) -> Costs | None:
+        if config.parallel.pp_balance is not schema.Balance.time or config.parallel.pp_layers is not None:
+            return None
+        from anyshard.trainer.models.stage_times import measure
+
+        say("measuring the time of layers, embedding and head")
+        return measure(lambda: _on_meta(hf, config.model), division, config, device=device, dtype=dtype)
+
+    stages = divide(model, config.parallel, config.model.name, measured)
     sharder = _sharder(model, groups, config)
     whole = keep_stage(model, stages, groups.pp_rank)
     if sharder is not None:

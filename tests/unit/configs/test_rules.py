@@ -39,6 +39,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parallel.pp": 2, "launch.procs_per_node": 2, "zero.stage": 2}, "zero.stage", "shards optimizer states only"),
     ({"parallel.ep": 2}, "parallel.ep", "zero=z3 shards the experts"),
     ({"parallel.pp": 2, "parallel.sp": 2, "launch.procs_per_node": 4}, "parallel.sp", "cannot split sequences as well"),
+    ({"parallel.sp": 2, "launch.procs_per_node": 2, "model.attention": "eager"}, "model.attention", "Use one of sdpa"),
     # ranks and batch
     ({"launch.nodes": 2, "launch.min_nodes": 3}, "launch.min_nodes", "Set it to at most 2"),
     ({"launch.nodes": 2, "launch.max_nodes": 1}, "launch.max_nodes", "Set it to at least 2"),

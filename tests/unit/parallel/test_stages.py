@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyshard.configs.schema import Balance, Parallel
-from anyshard.parallel.stages import balanced, division_of, known_types, plan_stages, stage_problems
+from anyshard.parallel.stages import Costs, balanced, division_of, known_types, plan_stages, stage_problems
 
 
 def params(num_layers: int, *, vocabulary: int = 100) -> dict[str, int]:
@@ -21,7 +21,7 @@ def params(num_layers: int, *, vocabulary: int = 100) -> dict[str, int]:
 def stages(parallel: Parallel, num_layers: int = 4, tied: dict[str, str] | None = None, **sizes: Any) -> Any:
     division = division_of("llama")
     assert division is not None
-    return plan_stages(division, params(num_layers, **sizes).items(), tied or {}, parallel, num_layers)
+    return plan_stages(division, params(num_layers, **sizes), tied or {}, parallel, num_layers)
 
 
 @given(
@@ -51,7 +51,17 @@ def test_a_large_embedding_takes_the_place_of_layers() -> None:
     assert stages(Parallel(pp=2)).bounds == (0, 1, 4)
     assert stages(Parallel(pp=2), vocabulary=1).bounds == (0, 2, 4)
     assert stages(Parallel(pp=2, pp_balance=Balance.layers)).bounds == (0, 2, 4)
+    assert stages(Parallel(pp=2, pp_balance=Balance.time)).bounds == (0, 2, 4)  # looked up, not multiplied with
     assert stages(Parallel(pp=3, pp_layers=[2, 1, 1])).bounds == (0, 2, 3, 4)
+
+
+def test_measured_times_count_before_estimates() -> None:
+    division = division_of("llama")
+    assert division is not None
+    parallel = Parallel(pp=2, pp_balance=Balance.time)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert plan_stages(division, params(4), tied, parallel, 4).bounds == (0, 3, 4)  # the head is as heavy as ten layers
+    assert plan_stages(division, params(4), tied, parallel, 4, Costs((9, 1, 1, 1), 0, 5)).bounds == (0, 1, 4)
 
 
 def test_what_each_stage_holds() -> None:

@@ -38,6 +38,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # what is not there yet
     ({"parallel.pp": 2, "launch.procs_per_node": 2, "zero.stage": 2}, "zero.stage", "shards optimizer states only"),
     ({"parallel.ep": 2}, "parallel.ep", "zero=z3 shards the experts"),
+    ({"parallel.sp": 2, "launch.procs_per_node": 2, "model.attention": "eager"}, "model.attention", "Use one of sdpa"),
     ({"parallel.pp": 2, "parallel.sp": 2, "launch.procs_per_node": 4}, "parallel.sp", "cannot split sequences as well"),
     ({"parallel.sp": 2, "launch.procs_per_node": 2, "model.attention": "eager"}, "model.attention", "Use one of sdpa"),
     # ranks and batch

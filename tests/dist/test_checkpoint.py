@@ -156,7 +156,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], list[d
     return save
 
 
-@pytest.mark.sampled(28)
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize(("source", "target"), [*PAIRS, *TENSOR, *FUSED, *PIPELINE], ids=lambda layout: str(layout))
 def test_resume_on_any_layout(saved: Callable[[Layout], list[dict[str, Any]]], source: Layout, target: Layout) -> None:
     before = dict(saved(source)[0])

@@ -18,7 +18,7 @@ def columns(records, names=("train/loss", "train/lr", "train/grad_norm", "tokens
     return [tuple(record[name] for name in names) for record in records]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "cpu"), (3, "none"), (3, "cpu")])
 def test_the_same_layout_resumes_bit_for_bit(tmp_path, stage, offload):
     """With dropout on, so that the random number generators count too, and accumulation."""
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
     return [r["train/loss"] for r in train(tmp_path_factory.mktemp("whole"), [*BASE, "zero=z0"], 1)]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_another_layout_continues_the_same_curve(tmp_path, whole, first, second):
     def options(layout):

@@ -88,6 +88,7 @@ CASES = [(family, documents) for family in FAMILIES for documents in (False, Tru
 """Without OPT's documents, whose positions transformers keeps from its own masks: there they see each other."""
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("family", "documents"),
     [case if case[0] in ALWAYS else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
@@ -97,6 +98,7 @@ def test_every_gradient_is_that_of_the_whole_sequence(family: str, documents: bo
     _check(run_ranks(_differences, 2, family=family, sp=2, length=20, documents=documents, changes={}))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "length", "changes"),
     [

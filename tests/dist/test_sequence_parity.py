@@ -41,6 +41,7 @@ def check(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Non
     assert max(norms) > 0.8  # clipping was at work
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", STAGES)
 def test_sp2_is_one_process(tmp_path: Any, reference: Any, zero: str) -> None:
     check(train(tmp_path, [*BASE, f"zero={zero}", SP2], 2), reference)

@@ -43,6 +43,7 @@ def check(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Non
     assert max(norms) > 0.8  # clipping was at work
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", STAGES)
 def test_tp2_is_one_process(tmp_path: Any, reference: Any, zero: str) -> None:
     check(train(tmp_path, [*BASE, f"zero={zero}", TP2], 2), reference)
@@ -107,6 +108,7 @@ QWEN3 = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", [GPT2, QWEN3], ids=["gpt2", "qwen3"])
 def test_other_architectures(tmp_path: Any, model: dict[str, Any]) -> None:
     fields = ", ".join(f"{name}: {json.dumps(value)}" for name, value in model.items())

@@ -43,6 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return curve(tmp_path_factory.mktemp("reference"), [*BASE, "zero=z0"], 1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
 def test_tiles_change_nothing(tmp_path: Any, reference: list[float], layout: str) -> None:
     options, ranks = LAYOUTS[layout]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from helpers.cli import SMOKE, anyshard, environment, events, finish, happened, start, steps, wait_for
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.sampled(14, of="bad input")]
 
 ONE = ["debug=smoke", "launch.procs_per_node=1"]
 

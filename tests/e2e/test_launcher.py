@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.cli import SMOKE, anyshard, finish, happened, rank_pids, start, steps, wait_for
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.sampled(4, of="launcher")]
 
 ENDLESS = [*SMOKE, "run.dir=run", "train.max_steps=100000", "checkpoint.every_steps=0", "train.eval_every_steps=0"]
 

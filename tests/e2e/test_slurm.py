@@ -19,7 +19,7 @@ from helpers.slurm import Cluster, end_jobs, slurm_cluster, why_not
 
 from anyshard.launch.slurm import submitted_job
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.sampled(3, of="slurm")]
 
 LONG = ["train.max_steps=100000", "train.eval_every_steps=0", "checkpoint.every_steps=0", "train.log_every_steps=10"]
 SOON = "StartTime=now+4"

@@ -76,6 +76,7 @@ def test_wandb_offline_continues_one_run(tmp_path):
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) == 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
 def test_a_stop_while_training_saves_and_exits_75(tmp_path, how):
     run = tmp_path / "run"
@@ -130,6 +131,7 @@ def test_a_save_on_request_goes_on(tmp_path):
     assert finish(process)[0] == 75
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("phase", ["compose", "start", "data"])
 def test_ctrl_c_before_the_first_step_loses_nothing(tmp_path, phase):
     run = tmp_path / "run"
@@ -335,6 +337,7 @@ def test_a_sweep_ends_with_the_run_that_somebody_stops(tmp_path):
     assert not list(tmp_path.glob("multirun/*/1"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("example", ["vision_classifier", "masked_lm"])
 def test_examples_train_save_and_resume_at_dp_2_zero_3(tmp_path, example):
     from pathlib import Path

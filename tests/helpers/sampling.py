@@ -30,15 +30,17 @@ def some(cases: Sequence[Case], count: int) -> list[Case]:
 
 
 def mark_the_rest_slow(items: Sequence[pytest.Item]) -> None:
-    """Of each test that is `sampled(count)`, all cells but `count` become `slow`."""
+    """Of each test that is `sampled(count)`, or of all that share an `of`, every cell but `count` becomes `slow`."""
     tests: dict[str, list[pytest.Item]] = {}
+    counts: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("sampled"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cells in tests.values():
-        marker = cells[0].get_closest_marker("sampled")
-        assert marker is not None
-        chosen = some(cells, min(len(cells), marker.args[0]))
+        marker = item.get_closest_marker("sampled")
+        if marker is not None and item.get_closest_marker("slow") is None:
+            test = marker.kwargs.get("of", item.nodeid.partition("[")[0])
+            tests.setdefault(test, []).append(item)
+            counts[test] = marker.args[0]
+    for test, cells in tests.items():
+        chosen = some(cells, min(len(cells), counts[test]))
         for cell in cells:
             if cell not in chosen:
                 cell.add_marker("slow")

@@ -450,6 +450,8 @@ def advice(planned: Plan) -> str:
         knobs.append("offload=cpu")
     elif config.offload.param is schema.Device.none and highest == 3:
         knobs.append("zero=z3 offload=cpu_param")
+    if highest == 3 and not tiers.uses_nvme(config):
+        knobs.append("zero=z3 offload=nvme offload.nvme_path=FOLDER")
     knobs.append("more ranks" if config.parallel.tp > 1 else "parallel.tp=2 or more ranks")
     if planned.memory.host_bytes > planned.host_limit_bytes:
         need, have = planned.memory.host_bytes / GIB, planned.host_limit_bytes / GIB

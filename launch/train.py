@@ -16,7 +16,7 @@ from types import FrameType
 from anyshard.configs import frozen, rules, schema
 from anyshard.configs.compose import compose, compose_with_sources, finalize
 from anyshard.configs.compose import sweep as sweep_jobs
-from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE
+from anyshard.configs.errors import EXIT_DONE, EXIT_REQUEUE, PlanError
 from anyshard.configs.registry import lookup
 from anyshard.configs.relayout import relayout
 from anyshard.configs.resume import override_frozen
@@ -25,9 +25,9 @@ from anyshard.configs.world import resolve_world
 from anyshard.configs.writing import write_file
 from anyshard.launch import failures, restarts, show
 from anyshard.launch.backend_local import signals_of_people
-from anyshard.launch.env import find_hardware
+from anyshard.launch.env import find_hardware, memory_limit_bytes
 from anyshard.launch.inputs import check_inputs
-from anyshard.launch.plan import Plan, plan, settled
+from anyshard.launch.plan import Plan, advice, plan, settled
 from anyshard.launch.runs import read_events
 from anyshard.launch.slurm import check_not_submitted, submit_results, submitted_job
 from anyshard.launch.spec import Backend, LaunchSpec, build_spec
@@ -90,6 +90,12 @@ def start(
         planned.show()
         print(backend.render(spec).text())
         return EXIT_DONE
+    limit, ranks = memory_limit_bytes(), int(config.launch.procs_per_node)
+    if limit is not None and not find_hardware().num_gpus and config.launch.name == "local":
+        needed = ranks * planned.memory.process_bytes
+        if needed > limit:
+            what = f"{ranks} rank(s) need {needed / 2**30:.2f} GiB, and the control group here allows {limit / 2**30:.2f}"
+            raise PlanError(f"{what}: the kernel would kill them. {advice(planned)}")
     if not planned.fits:
         print("WARNING: by the plan this does not fit the memory here; 'anyshard plan' has the numbers", file=sys.stderr)
     for lock in remove_stale_locks():

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 2**30
+FRAMEWORK_BYTES = 600 * 2**20
+"""Python, torch, DeepSpeed and transformers in a rank's memory before any model (benchmarks/bench_memory.py measures it)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Memory:
     nvme_bytes: int = 0
 
     @property
+    def process_bytes(self) -> int:
+        """Resident memory of a rank on a CPU, where device and host are one, with what Python and the libraries take."""
+        return FRAMEWORK_BYTES + self.device_bytes + self.host_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Bytes on the accelerator."""
         total = self.activations + self.logits
@@ -97,7 +104,12 @@ class Memory:
 
     def to_dict(self) -> dict[str, int | bool]:
         """For plan.json."""
-        return {**asdict(self), "device_bytes": self.device_bytes, "host_bytes": self.host_bytes}
+        return {
+            **asdict(self),
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "process_bytes": self.process_bytes,
+        }
 
 
 STAGING_BLOCK_BYTES, MIN_STAGING_BLOCKS, STAGING_SHARE = 16 * 2**20, 4, 0.25

@@ -50,7 +50,7 @@ def _check(tmp_path, reference, offload, dp, more):
     assert not list((drive / "anyshard-swap").iterdir())
 
 
-@pytest.mark.parametrize(("offload", "dp", "more"), some(CELLS, 3), ids=str)
+@pytest.mark.parametrize(("offload", "dp", "more"), some(CELLS, 2), ids=str)
 def test_losses_do_not_depend_on_the_tier(tmp_path, reference, offload, dp, more):
     _check(tmp_path, reference, offload, dp, more)
 

@@ -44,7 +44,7 @@ def test_a_drive_that_is_too_small_is_told_before_the_first_step(tmp_path):
 def test_others_may_fill_the_drive_while_it_trains(tmp_path):
     with small_drive(tmp_path / "drive", 80) as drive:
         process = start("train", *RUN, *on_drive("nvme", drive), "train.max_steps=8", cwd=tmp_path)
-        wait_for(lambda: happened(tmp_path / "run", "offload"), process)
+        wait_for(lambda: happened(tmp_path / "run", "offload"), process, 300)
         with contextlib.suppress(OSError), (drive / "filler").open("wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 2**20)
@@ -57,7 +57,7 @@ def test_others_may_fill_the_drive_while_it_trains(tmp_path):
 
 def test_a_drive_that_goes_away_ends_the_run_which_goes_on_elsewhere(tmp_path):
     process = start("train", *RUN, *on_drive("nvme", tmp_path / "drive"), "train.max_steps=4000", cwd=tmp_path)
-    wait_for(lambda: happened(tmp_path / "run", "commit"), process)
+    wait_for(lambda: happened(tmp_path / "run", "commit"), process, 300)
     shutil.rmtree(tmp_path / "drive")
     code, _, errors = finish(process, 200)
     assert code == 3, errors
@@ -70,7 +70,7 @@ def test_a_drive_that_goes_away_ends_the_run_which_goes_on_elsewhere(tmp_path):
 def test_what_a_killed_run_left_is_removed_by_the_next_start(tmp_path):
     drive = tmp_path / "drive"
     process = start("train", *RUN, *on_drive("nvme_param", drive), "train.max_steps=4000", cwd=tmp_path)
-    wait_for(lambda: happened(tmp_path / "run", "commit"), process)
+    wait_for(lambda: happened(tmp_path / "run", "commit"), process, 300)
     os.kill(rank_pids(process)[0], 9)
     assert finish(process, 100)[0] != 0
     (left,) = (drive / "anyshard-swap").iterdir()

@@ -73,7 +73,8 @@ def show(run: Path, *, as_json: bool) -> int:
         return 0
     for name, value in about.items():
         if value is not None and value != [] and name != "attempts":
-            print(f"{name:18} {', '.join(value) if isinstance(value, list) else value}")
+            shown = ", ".join(value) if isinstance(value, list) else f"{value:.6g}" if isinstance(value, float) else value
+            print(f"{name:18} {shown}")
     table = Table()
     for column in ("attempt", "started", "for", "ranks", "hosts", "from step", "last commit", "end"):
         table.add_column(

@@ -29,10 +29,19 @@ def pipeline_rules(config: Config) -> Iterator[Problem]:
     if config.offload.optimizer is Device.nvme:
         reason = f"it needs ZeRO 3, which parallel.pp={pp} does not go with."
         yield Problem("offload.optimizer", "nvme", reason, "Use offload=cpu, or parallel.pp=1.")
+    if config.model.config.get("output_router_logits"):
+        yield balance_problem(pp)
     accumulation = _accumulation(config.deepspeed_extra)
     if accumulation not in (None, config.precision.dtype.value):
         reason = "DeepSpeed sums the gradients of shared embeddings in the type of the model (runtime/pipe/engine.py:283)."
         yield Problem("deepspeed_extra.data_types.grad_accum_dtype", accumulation, reason, "Remove it, or set parallel.pp=1.")
+
+
+def balance_problem(pp: int) -> Problem:
+    """The load-balancing loss of a mixture of experts is over all layers together, and a stage sees its own."""
+    reason = "the loss that balances experts is over the layers of all stages together."
+    fix = "Set model.config.output_router_logits=false, or parallel.pp=1; parallel.tp goes with it."
+    return Problem("parallel.pp", pp, reason, fix)
 
 
 def _layers(layers: list[int], pp: int) -> Iterator[Problem]:

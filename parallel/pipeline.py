@@ -22,6 +22,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
 from anyshard.configs.errors import ConfigError, Problem
+from anyshard.configs.rules_pipeline import balance_problem
 from anyshard.configs.schema import Parallel
 from anyshard.parallel.groups import Groups
 from anyshard.parallel.part import part_of
@@ -81,6 +82,8 @@ def divide(
     text = config.get_text_config()
     params = {name: param.numel() for name, param in model.named_parameters()}
     problems = stage_problems(parallel, params, text.num_hidden_layers, model_name, text.model_type)
+    if getattr(text, "output_router_logits", False):
+        problems.append(balance_problem(parallel.pp))
     if problems:
         raise ConfigError(problems)
     division = division_of(text.model_type)
@@ -148,6 +151,7 @@ class Rest:
 
     def __init__(self, model: Any, hidden: torch.Tensor | None) -> None:
         self.module, self._hidden = model, hidden
+        self.training: bool = model.training
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the last stage; returns what the whole model would."""

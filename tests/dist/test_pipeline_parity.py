@@ -57,6 +57,7 @@ AXES = [
     ((PP2, Z1, "parallel.pp_layers=[3,1]"), 2),
     ((PP2, Z1, "parallel.pp_balance=layers", "model.config.tie_word_embeddings=false"), 2),
     ((PP2, Z1, "parallel.pp_balance=time"), 2),
+    ((PP2, Z1, "train.loss_tile_tokens=50", "train.mlp_tile_tokens=50"), 2),
     ((PP2, Z1, "offload=cpu"), 2),
     ((PP2, TP2, Z1, "offload=cpu"), 4),
 ]

@@ -26,6 +26,7 @@ def test_legal(overrides: list[str]) -> None:
         (["zero=z1", "offload=nvme", "offload.nvme_path=/x"], ["offload.optimizer=nvme", "Use offload=cpu"]),
         (["zero=z1", "parallel.pp_layers=[1,2,1]"], ["3 numbers for parallel.pp=2", "or null"]),
         (["zero=z1", "parallel.pp_layers=[4,0]"], ["every stage needs a layer"]),
+        (["zero=z1", "+model.config.output_router_logits=true"], ["layers of all stages together", "or parallel.pp=1"]),
         (["zero=z1", "+deepspeed_extra.data_types.grad_accum_dtype=bf16"], ["shared embeddings", "Remove it"]),
     ],
 )

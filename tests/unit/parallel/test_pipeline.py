@@ -60,6 +60,13 @@ def test_what_is_no_hugging_face_model() -> None:
         divide(nn.Linear(1, 1), Parallel(pp=2), "mine")
 
 
+def test_experts_are_balanced_over_all_layers_together() -> None:
+    model = on_meta("mixtral")
+    model.config.output_router_logits = True
+    with pytest.raises(ConfigError, match="balances experts is over the layers of all stages together"):
+        divide(model, Parallel(pp=2), "small")
+
+
 def test_more_stages_than_layers() -> None:
     with pytest.raises(ConfigError, match="has 3 layers, and every stage needs one"):
         divide(on_meta("llama"), Parallel(pp=4), "small")

@@ -184,7 +184,7 @@ class Offload:
         "Page-locked buffers that a rank may have for NVMe; sub-groups are as large as fits.",
         unit="GiB",
         gt=0,
-        why="for AdamW with overlap=both 22 million elements at a time, enough for a drive's full rate",
+        why="AdamW with overlap=both: 22 million elements at a time, a drive's full rate",
     )
     overlap: str = key(
         "both",

@@ -41,7 +41,7 @@ def test_what_null_means_is_said() -> None:
 
 WITHOUT_UNIT = {
     *("seed", "zero.stage", "launch.port", "launch.deepspeed.node_rank"),  # names and ordinals
-    *("data.validation_fraction", "offload.ratio", "schedule.min_lr_ratio"),  # shares
+    *("data.validation_fraction", "offload.ratio", "schedule.min_lr_ratio", "launch.slow_factor"),  # shares
     *("precision.initial_scale_power", "precision.min_scale", "train.max_grad_norm"),
     *(f"optimizer.{name}" for name in ("lr", "betas", "eps", "momentum", "weight_decay")),
 }

@@ -26,7 +26,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parallel.dp": "all"}, "parallel.dp", "positive integer or auto"),
     ({"launch.procs_per_node": "two"}, "launch.procs_per_node", "positive integer or auto"),
     # names
-    ({"optimizer.name": "adam"}, "optimizer.name", "Did you mean adamw? There are: adamw, lion, sgd."),
+    ({"optimizer.name": "adam"}, "optimizer.name", "Did you mean adamw? There are: adagrad, adamw, lion, sgd."),
     ({"schedule.name": "cosin"}, "schedule.name", "Did you mean cosine?"),
     ({"data.source": "txt"}, "data.source", "Did you mean text?"),
     ({"model.builder": "tf"}, "model.builder", "no model of this name"),

@@ -178,6 +178,8 @@ class Preflight:
         for first in range(0, len(reports), self._per_node):
             ranks = reports[first : first + self._per_node]
             nodes.append(replace(ranks[0], compute_s=max(rank.compute_s for rank in ranks)))
+        if len({each.host for each in nodes}) < len(nodes):  # containers may all have one name
+            nodes = [replace(each, host=f"{each.host} (node {number})") for number, each in enumerate(nodes)]
         return nodes, compare(nodes, slow_factor=slow_factor)
 
 

@@ -122,7 +122,7 @@ def test_a_slow_node_is_named_and_refused_where_that_is_wished():
     errors = [run_ranks(_glue, 4, how="computes", choice=choice)[0] for choice in ("warn", "strict", "skip")]
     (warned, told), (refused, _), (skipped, nothing) = errors
     assert warned == skipped == ""
-    assert any("WARNING: " in line and "a matrix product takes" in line for line in told)
+    assert any("WARNING: " in line and "(node 2): a matrix product takes" in line for line in told)
     assert refused.startswith("preflight: ")
     assert "launch.preflight=skip" in refused
     assert nothing == []

@@ -47,9 +47,9 @@ def train_until_the_fault(directory: str, states: str, variables: dict[str, str]
                 made.drain()
                 save = made.begin(engine, step=step, meta={"step": step}, rank_meta={})
             save.result()
-        except (RuntimeError, CheckpointError) as error:
+        except (RuntimeError, CheckpointError):
             made.drain(25)
-            raise ValueError(f"the survivor saw it: {save.is_finished}") from error
+            raise
 
 
 def resume(directory: str, variables: dict[str, str]) -> dict[str, Any]:
@@ -75,7 +75,6 @@ def test_the_last_good_checkpoint_is_found(tmp_path: Path, server: dict[str, str
     with pytest.raises(RanksError) as caught:
         run_ranks(train_until_the_fault, 2, fresh=True, timeout_s=240, **arguments)
     assert f"rank {rank}: the process died with exit code -9" in str(caught.value)
-    assert "the survivor saw it: True" in str(caught.value)
     expected = {"renamed": {3}}.get(point, {2})
     found = catalog.list_checkpoints(place(directory))
     assert all(each.problem is None for each in found), "half a checkpoint is not one"

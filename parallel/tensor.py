@@ -46,6 +46,28 @@ class _Cut:
         """For DeepSpeed's universal checkpoints, which are not used."""
 
 
+class _Entry:
+    """Lets layers that read the same input enter the split region together: its gradients are summed over the ranks once.
+
+    DeepSpeed's layers enter one by one, which takes an all-reduce for each of q, k and v where Megatron-LM has one for all.
+    """
+
+    def __init__(self) -> None:
+        self.num_layers = 0
+        self._left = 0
+        self._input: torch.Tensor | None = None
+        self._entered: torch.Tensor | None = None
+
+    def __call__(self, group: dist.ProcessGroup, input: torch.Tensor) -> torch.Tensor:
+        if self._entered is None or self._input is not input:
+            self._input, self._entered, self._left = input, ColumnParallel.apply(group, input), self.num_layers
+        entered: torch.Tensor = self._entered
+        self._left -= 1
+        if self._left <= 0:  # the last of them: nothing is kept beyond it
+            self._input = self._entered = None
+        return entered
+
+
 class ColumnLinear(_Cut, LinearLayer):  # type: ignore[misc]
     """A linear layer of which this rank computes some of the outputs; all of them where they are gathered.
 
@@ -56,10 +78,16 @@ class ColumnLinear(_Cut, LinearLayer):  # type: ignore[misc]
         self._sizes = tuple(sizes)
         self.transposed = layer.transposed
         super().__init__(module, group, skip_partition=True, gather_output=layer.style == "gather")
+        self.share(_Entry())
+
+    def share(self, entry: _Entry) -> None:
+        """Enter the split region with the other layers that were given the same entry."""
+        self._entry = entry
+        entry.num_layers += 1
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Shape: [..., in] -> [..., out of this rank, or all]."""
-        output = _linear(ColumnParallel.apply(self.mp_group, input), self.weight, self.bias, self.transposed)
+        output = _linear(self._entry(self.mp_group, input), self.weight, self.bias, self.transposed)
         if self.gather_output:
             output = GatherFromTensorParallelRegion.apply(self.mp_group, output, self._partition_sizes)
         return output
@@ -176,10 +204,14 @@ class Sharder:
     def finish(self) -> None:
         """Put in the layers that compute with the parts. Every parameter must have been placed."""
         set_autotp_mode(training=True)
+        entries: dict[str, _Entry] = {}  # by the module that they belong to: its layers mostly read the same
         for name, layer in self.plan.layers.items():
             parent, _, attribute = name.rpartition(".")
             owner = self._model.get_submodule(parent)
-            setattr(owner, attribute, self._replacement(name, owner.get_submodule(attribute), layer))
+            made = self._replacement(name, owner.get_submodule(attribute), layer)
+            setattr(owner, attribute, made)
+            if isinstance(made, ColumnLinear):
+                made.share(entries.setdefault(parent, _Entry()))
         self._divide()
         for param in self._model.parameters():
             self._declare(param)

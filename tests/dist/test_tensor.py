@@ -116,6 +116,32 @@ def test_replicas_of_a_split_model() -> None:
     _check(run_ranks(_differences, 4, family="qwen3", tp=2, changes={}))
 
 
+def _count_all_reduces() -> int:
+    """On a rank: all-reduces of a forward and backward pass of three layers."""
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from anyshard.parallel.groups import create_groups
+    from anyshard.parallel.topology import Mesh
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += func._schema.name == "c10d::allreduce_"
+            return func(*args, **(kwargs or {}))
+
+    split = _built(small_config("llama"), create_groups(Mesh(dp=1, tp=2), dist.get_rank()))
+    with Count() as count:
+        _gradients(split, 1)
+    return count.number
+
+
+def test_four_all_reduces_a_layer() -> None:
+    """And one for the embedding and one for the head: layers that read the same share that of their input's gradient."""
+    assert run_ranks(_count_all_reduces, 2) == [4 * 3 + 2] * 2
+
+
 def _split_vocabulary(separate: bool) -> dict[str, Any]:
     """On a rank: loss and gradients where no rank sees all logits, and how many it sees."""
     import torch.distributed as dist

@@ -47,7 +47,7 @@ MODEL = {
 BASE = [
     *("precision=fp32", "data=synthetic", "checkpoint=none", "train.eval_every_steps=0", "train.eval_samples=0", "model=hf"),
     f"data.sequence_length={SEQUENCE}",
-    *("zero.param_persistence_threshold=0", "zero.max_reuse_distance=0"),  # a model so small would stay gathered
+    *("zero.param_persistence_threshold=0", "zero.max_reuse_distance=0", "zero.max_live_parameters=1"),  # as a large model
     f"train.max_steps={STEPS}",
     "train.log_every_steps=1000000",
     "+callbacks.counter={}",

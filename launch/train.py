@@ -35,6 +35,9 @@ from anyshard.offload.op_cache import remove_stale_locks
 from anyshard.trainer.checkpoint import ram
 from anyshard.trainer.checkpoint.catalog import list_checkpoints
 
+LAUNCHER_BYTES = 400 * 2**20
+"""This process and torchrun, beside the ranks."""
+
 
 def train(overrides: Sequence[str], *, config_dir: Path | None, dry_run: bool) -> int:
     """`anyshard train`; returns the exit code.
@@ -92,7 +95,7 @@ def start(
         return EXIT_DONE
     limit, ranks = memory_limit_bytes(), int(config.launch.procs_per_node)
     if limit is not None and not find_hardware().num_gpus and config.launch.name == "local":
-        needed = ranks * planned.memory.process_bytes
+        needed = LAUNCHER_BYTES + ranks * planned.memory.process_bytes
         if needed > limit:
             what = f"{ranks} rank(s) need {needed / 2**30:.2f} GiB, and the control group here allows {limit / 2**30:.2f}"
             raise PlanError(f"{what}: the kernel would kill them. {advice(planned)}")

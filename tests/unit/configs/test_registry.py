@@ -16,7 +16,7 @@ def test_members_of_ours_can_all_be_imported() -> None:
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"optimizer.name=adamv: no optimizer of this name.*Did you mean adamw\? There are: adagrad, adamw, lion, sgd"
+        ConfigError, match=r"optimizer.name=adamv: no optimizer of this name.*Did you mean adamw\? There are: adagrad, adamw"
     ):
         registry.lookup("optimizer", "adamv", key="optimizer.name")
 

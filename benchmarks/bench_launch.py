@@ -51,6 +51,8 @@ def main() -> int:
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, **op_env(), "DS_ACCELERATOR": "cpu", "ANYSHARD_CACHE": folder}
+        # without it torchrun's restarted ranks wait at the addresses of those before them, and the bare side never recovers
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         options = Path(folder, "options.json")
         for number in range(args.repeats + 1):
             run_dir = Path(folder, f"run{number}")

@@ -34,7 +34,9 @@ def test_a_folder_for_each_attempt_and_nothing_left_afterwards(tmp_path):
 
 def test_what_a_dead_process_left_is_removed_and_what_a_live_one_holds_is_not(tmp_path, space):
     claim = "import os,sys,pathlib; from anyshard.offload.swap_space import SwapSpace as S; p = pathlib.Path(sys.argv[1]);"
-    claim += "s = S.claim(str(p), run=p, rank=0); (s.folder / 'x.swp').write_bytes(b'x'); print(s.folder, flush=True); os._exit(9)"
+    claim += (
+        "s = S.claim(str(p), run=p, rank=0); (s.folder / 'x.swp').write_bytes(b'x'); print(s.folder, flush=True); os._exit(9)"
+    )
     done = subprocess.run([sys.executable, "-c", claim, str(tmp_path / "drive")], capture_output=True, text=True, check=False)
     left = done.stdout.strip()
     assert os.path.exists(left), done.stderr

@@ -7,43 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fitting import curve, fit_here, train
+from helpers.axes import BASE, check, check_resumed, column, pairs
+from helpers.fitting import curve, fit_here, records, train
 from helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
-STEPS = 20
-BASE = [
-    f"train.max_steps={STEPS}",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=2",  # accumulation: 4 at dp 1, 2 at dp 2
-    "train.max_grad_norm=0.8",
-    "optimizer.weight_decay=0.1",
-    "model.config.tie_word_embeddings=true",
-]
 PP2, PP4, TP2, Z0, Z1 = "parallel.pp=2", "parallel.pp=4", "parallel.tp=2", "zero=z0", "zero=z1"
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return train(tmp_path_factory.mktemp("reference"), [*BASE, Z0], 1)
-
-
-def column(records: list[dict[str, Any]], name: str) -> list[float]:
-    return [record[name] for record in records]
-
-
-def check(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(records) == STEPS
-    assert column(records, "train/loss") == pytest.approx(column(reference, "train/loss"), rel=1e-5)
-    norms = column(records, "train/grad_norm")
-    assert norms == pytest.approx(column(reference, "train/grad_norm"), rel=1e-4)
-    assert max(norms) > 0.8  # clipping was at work
-
-
 @pytest.mark.parametrize("zero", [Z0, Z1])
-def test_two_stages_are_one_process(tmp_path: Any, reference: Any, zero: str) -> None:
-    check(train(tmp_path, [*BASE, zero, PP2], 2), reference)
+def test_two_stages_are_one_process(tmp_path: Any, one_process: Any, zero: str) -> None:
+    check(train(tmp_path, [*BASE, zero, PP2], 2), one_process)
 
 
 AXES = [
@@ -65,24 +40,24 @@ AXES = [
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("options", "ranks"), AXES)
-def test_several_axes(tmp_path: Any, reference: Any, options: tuple[str, ...], ranks: int) -> None:
+def test_several_axes(tmp_path: Any, one_process: Any, options: tuple[str, ...], ranks: int) -> None:
     if "model.config.tie_word_embeddings=false" in options:
-        reference = train(tmp_path / "alone", [*BASE, Z0, options[-1]], 1)
-    check(train(tmp_path / "run", [*BASE, *options], ranks), reference)
+        one_process = train(tmp_path / "alone", [*BASE, Z0, options[-1]], 1)
+    check(train(tmp_path / "run", [*BASE, *options], ranks), one_process)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [Z0, Z1])
-def test_all_three_axes(tmp_path: Any, reference: Any, zero: str) -> None:
-    check(train(tmp_path, [*BASE, zero, PP2, TP2], 8), reference)
+def test_all_three_axes(tmp_path: Any, one_process: Any, zero: str) -> None:
+    check(train(tmp_path, [*BASE, zero, PP2, TP2], 8), one_process)
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("axes", "ranks"), [((PP2,), 2), ((PP2,), 4), ((PP2, TP2), 4)])
-def test_half_precision_follows(tmp_path: Any, reference: Any, axes: tuple[str, ...], ranks: int) -> None:
+def test_half_precision_follows(tmp_path: Any, one_process: Any, axes: tuple[str, ...], ranks: int) -> None:
     """bf16 within 3 %: 8 bits of mantissa, as for data parallelism in test_parity.py."""
     losses = curve(tmp_path, [*BASE, Z1, "precision=bf16", *axes], ranks)
-    assert losses == pytest.approx(column(reference, "train/loss"), rel=3e-2)
+    assert losses == pytest.approx(column(one_process, "train/loss"), rel=3e-2)
 
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 273, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
@@ -114,13 +89,8 @@ def test_documents_recomputed_evaluated_and_sampled(tmp_path: Any, model: dict[s
     assert stages[0]["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-5)
     said = [_events(tmp_path / name, "sample")[0]["text"] for name in ("alone", "stages")]
     assert said[0] == said[1]
-    curves = [column(_records(tmp_path / name), "train/loss") for name in ("alone", "stages")]
+    curves = [column(records(tmp_path / name), "train/loss") for name in ("alone", "stages")]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-
-
-def _records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train/loss" in line]
 
 
 def _events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -137,16 +107,12 @@ LAYOUTS = {
     "dp2pp2": ([PP2, Z1], 4),
     "pp2tp2": ([PP2, TP2, Z1], 4),
 }
-PAIRS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b and "pp" in a + b]
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_runs_resume_between_layouts(tmp_path: Any, reference: Any, first: str, second: str) -> None:
-    (options, ranks), (others, more) = LAYOUTS[first], LAYOUTS[second]
-    save = "checkpoint.at_end=true"
-    train(tmp_path, [*BASE, *options, save, "stop.at_step=10"], ranks)
-    check(train(tmp_path, [*BASE, *others, save], more), reference)
+@pytest.mark.parametrize(("first", "second"), pairs(LAYOUTS, "pp"))
+def test_runs_resume_between_layouts(tmp_path: Any, one_process: Any, first: str, second: str) -> None:
+    check_resumed(tmp_path, one_process, LAYOUTS, first, second)
 
 
 def test_the_same_stages_resume_bit_for_bit_and_are_exported(tmp_path: Any) -> None:

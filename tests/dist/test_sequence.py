@@ -8,13 +8,11 @@ import pytest
 import torch
 from helpers.models import SMALL, SPLIT_ONLY, small_config
 from helpers.ranks import run_ranks
-from helpers.sampling import some
 
 pytestmark = pytest.mark.dist
 
 NO_MASK = ("gemma2",)  # soft-capped scores: eager attention only
 FAMILIES = [family for family in [*SMALL, *SPLIT_ONLY] if family not in NO_MASK]
-ALWAYS = ["llama", "gpt2", "mistral", *some([name for name in FAMILIES if name not in ("llama", "gpt2", "mistral")], 2)]
 
 
 def _batch(length: int, documents: bool) -> dict[str, torch.Tensor]:
@@ -89,10 +87,7 @@ CASES = [(family, documents) for family in FAMILIES for documents in (False, Tru
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize(
-    ("family", "documents"),
-    [case if case[0] in ALWAYS else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize(("family", "documents"), CASES)
 def test_every_gradient_is_that_of_the_whole_sequence(family: str, documents: bool) -> None:
     """20 tokens: a sliding window of 8 (mistral) crosses the ranks, and so do documents."""
     _check(run_ranks(_differences, 2, family=family, sp=2, length=20, documents=documents, changes={}))

@@ -6,7 +6,6 @@ import json
 
 import pytest
 from helpers.fitting import curve
-from helpers.sampling import some
 from helpers.swapping import LARGE_ENOUGH, on_drive
 
 pytestmark = pytest.mark.dist
@@ -40,7 +39,9 @@ def reference(tmp_path_factory):
     return of
 
 
-def _check(tmp_path, reference, offload, dp, more):
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("offload", "dp", "more"), CELLS, ids=str)
+def test_losses_do_not_depend_on_the_tier(tmp_path, reference, offload, dp, more):
     drive = tmp_path / "drive"
     overrides = on_drive(offload, drive, *more, f"launch.procs_per_node={dp}")
     assert curve(tmp_path / "run", overrides, dp) == pytest.approx(reference(more), rel=1e-5)
@@ -48,14 +49,3 @@ def _check(tmp_path, reference, offload, dp, more):
     (told,) = [event for event in events if event["event"] == "offload"]
     assert told["nvme_bytes"] > 2**20
     assert not list((drive / "anyshard-swap").iterdir())
-
-
-@pytest.mark.parametrize(("offload", "dp", "more"), some(CELLS, 2), ids=str)
-def test_losses_do_not_depend_on_the_tier(tmp_path, reference, offload, dp, more):
-    _check(tmp_path, reference, offload, dp, more)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("offload", "dp", "more"), CELLS, ids=str)
-def test_losses_do_not_depend_on_any_tier(tmp_path, reference, offload, dp, more):
-    _check(tmp_path, reference, offload, dp, more)

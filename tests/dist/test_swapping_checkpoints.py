@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from helpers.ranks import run_ranks
-from helpers.sampling import some
 from helpers.swapping import LARGE_ENOUGH, on_drive
 
 pytestmark = pytest.mark.dist
@@ -56,7 +55,13 @@ def _train(tmp_path, name, dp, *more):
     return run_ranks(_life, dp, overrides=overrides, run_dir=str(folder))[0]
 
 
-def _chain(tmp_path, first, second):
+PAIRS = [((one, dp), (other, 3 - dp)) for one in TIERS for other in TIERS if one < other for dp in (1, 2)]
+PAIRS = [pair for pair in PAIRS if any("nvme" in name or "param-alone" in name for name, _ in pair)]
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
+def test_every_tier_goes_on_from_every_other(tmp_path, first, second):
     """Two steps under one tier, two more under another that goes on from there, and back."""
     begun = _train(tmp_path, *first, "stop.at_step=2")
     moved = _train(tmp_path, *second, "stop.at_step=4", f"resume={begun['checkpoint']}")
@@ -65,22 +70,8 @@ def _chain(tmp_path, first, second):
     assert back["before"] == moved["after"]
 
 
-PAIRS = [((one, dp), (other, 3 - dp)) for one in TIERS for other in TIERS if one < other for dp in (1, 2)]
-PAIRS = [pair for pair in PAIRS if any("nvme" in name or "param-alone" in name for name, _ in pair)]
-
-
-@pytest.mark.parametrize(("first", "second"), some(PAIRS, 1), ids=str)
-def test_a_tier_goes_on_from_another(tmp_path, first, second):
-    _chain(tmp_path, first, second)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
-def test_every_tier_goes_on_from_every_other(tmp_path, first, second):
-    _chain(tmp_path, first, second)
-
-
-@pytest.mark.parametrize("name", some(["nvme", "nvme-none", "nvme_param", "param-alone"], 1))
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", ["nvme", "nvme-none", "nvme_param", "param-alone"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
     whole = _train(tmp_path, name, 2)
     begun = _train(tmp_path, name, 2, "stop.at_step=3")

@@ -7,74 +7,49 @@ import json
 from typing import Any
 
 import pytest
+from helpers.axes import BASE, STAGES, check, check_resumed, column, pairs
 from helpers.fitting import TINY, curve, fit_here, train
 from helpers.ranks import run_ranks
-from helpers.sampling import some
 
 pytestmark = pytest.mark.dist
 
-STEPS = 20
-BASE = [
-    f"train.max_steps={STEPS}",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=2",  # accumulation: 4 at dp 1, 2 at dp 2
-    "train.max_grad_norm=0.8",
-    "optimizer.weight_decay=0.1",
-    "model.config.tie_word_embeddings=true",
-]
 TP2 = "parallel.tp=2"
-STAGES = ["z0", "z1", "z2", "z3"]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return train(tmp_path_factory.mktemp("reference"), [*BASE, "zero=z0"], 1)
-
-
-def column(records: list[dict[str, Any]], name: str) -> list[float]:
-    return [record[name] for record in records]
-
-
-def check(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(records) == STEPS
-    assert column(records, "train/loss") == pytest.approx(column(reference, "train/loss"), rel=1e-5)
-    norms = column(records, "train/grad_norm")
-    assert norms == pytest.approx(column(reference, "train/grad_norm"), rel=1e-4)
-    assert max(norms) > 0.8  # clipping was at work
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", STAGES)
-def test_tp2_is_one_process(tmp_path: Any, reference: Any, zero: str) -> None:
-    check(train(tmp_path, [*BASE, f"zero={zero}", TP2], 2), reference)
+def test_tp2_is_one_process(tmp_path: Any, one_process: Any, zero: str) -> None:
+    check(train(tmp_path, [*BASE, f"zero={zero}", TP2], 2), one_process)
 
 
-@pytest.mark.parametrize(("zero", "offload"), some([("z1", "cpu"), ("z2", "cpu"), ("z3", "cpu"), ("z3", "cpu_param")], 1))
-def test_tp2_with_offload(tmp_path: Any, reference: Any, zero: str, offload: str) -> None:
-    check(train(tmp_path, [*BASE, f"zero={zero}", f"offload={offload}", TP2], 2), reference)
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(("zero", "offload"), [("z1", "cpu"), ("z2", "cpu"), ("z3", "cpu"), ("z3", "cpu_param")])
+def test_tp2_with_offload(tmp_path: Any, one_process: Any, zero: str, offload: str) -> None:
+    check(train(tmp_path, [*BASE, f"zero={zero}", f"offload={offload}", TP2], 2), one_process)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", STAGES)
-def test_dp2_tp2_is_one_process(tmp_path: Any, reference: Any, zero: str) -> None:
-    check(train(tmp_path, [*BASE, f"zero={zero}", TP2], 4), reference)
+def test_dp2_tp2_is_one_process(tmp_path: Any, one_process: Any, zero: str) -> None:
+    check(train(tmp_path, [*BASE, f"zero={zero}", TP2], 4), one_process)
 
 
 @pytest.mark.slow
-def test_more_ranks_than_key_value_heads(tmp_path: Any, reference: Any) -> None:
-    check(train(tmp_path, [*BASE, "zero=z2", "parallel.tp=4"], 4), reference)
+def test_more_ranks_than_key_value_heads(tmp_path: Any, one_process: Any) -> None:
+    check(train(tmp_path, [*BASE, "zero=z2", "parallel.tp=4"], 4), one_process)
 
 
 @pytest.mark.slow
-def test_ranks_in_another_order(tmp_path: Any, reference: Any) -> None:
-    check(train(tmp_path, [*BASE, "zero=z3", TP2, "parallel.order=[dp,tp,sp,pp]"], 4), reference)
+def test_ranks_in_another_order(tmp_path: Any, one_process: Any) -> None:
+    check(train(tmp_path, [*BASE, "zero=z3", TP2, "parallel.order=[dp,tp,sp,pp]"], 4), one_process)
 
 
-@pytest.mark.parametrize("zero", some(["z1", "z2", "z3"], 1))
-def test_half_precision_follows(tmp_path: Any, reference: Any, zero: str) -> None:
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("zero", ["z1", "z2", "z3"])
+def test_half_precision_follows(tmp_path: Any, one_process: Any, zero: str) -> None:
     """bf16 within 3 %: 8 bits of mantissa, as for data parallelism in test_parity.py."""
     losses = curve(tmp_path, [*BASE, f"zero={zero}", "precision=bf16", TP2], 2)
-    assert losses == pytest.approx(column(reference, "train/loss"), rel=3e-2)
+    assert losses == pytest.approx(column(one_process, "train/loss"), rel=3e-2)
 
 
 def test_separate_documents_and_recomputation(tmp_path: Any) -> None:
@@ -132,26 +107,12 @@ LAYOUTS = {
     "dp2tp2": ([TP2, "zero=z1"], 4),
     "dp2tp2z3": ([TP2, "zero=z3"], 4),
 }
-PAIRS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b]
-SMALL_PAIRS = [(a, b) for a, b in PAIRS if "dp2tp2" not in a + b and {"tp2", "tp2z3"} & {a, b}]
 
 
-def _resume(tmp_path: Any, reference: Any, first: str, second: str) -> None:
-    (options, ranks), (others, more) = LAYOUTS[first], LAYOUTS[second]
-    save = "checkpoint.at_end=true"
-    train(tmp_path, [*BASE, *options, save, "stop.at_step=10"], ranks)
-    check(train(tmp_path, [*BASE, *others, save], more), reference)
-
-
-@pytest.mark.parametrize(("first", "second"), some(SMALL_PAIRS, 2))
-def test_runs_resume_between_axes(tmp_path: Any, reference: Any, first: str, second: str) -> None:
-    _resume(tmp_path, reference, first, second)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_runs_resume_between_all_layouts(tmp_path: Any, reference: Any, first: str, second: str) -> None:
-    _resume(tmp_path, reference, first, second)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("first", "second"), pairs(LAYOUTS, "tp"))
+def test_runs_resume_between_layouts(tmp_path: Any, one_process: Any, first: str, second: str) -> None:
+    check_resumed(tmp_path, one_process, LAYOUTS, first, second)
 
 
 def test_the_same_layout_resumes_bit_for_bit(tmp_path: Any) -> None:

@@ -6,16 +6,16 @@ their learning rates and weight decays are lost (deepspeed 0.19.8 runtime/zero/s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from anyshard.configs import schema
-from anyshard.trainer.optim.chunks import chunks
+from anyshard.trainer.optim.elementwise import Elementwise, chunks
 
 
-class Adagrad(torch.optim.Optimizer):
+class Adagrad(Elementwise):
     """Adagrad with decoupled weight decay.
 
     Source: Duchi et al., JMLR 12 (2011), figure 1, the diagonal form; the decay, Loshchilov and Hutter, arXiv 1711.05101.
@@ -24,28 +24,14 @@ class Adagrad(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float, eps: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
-
-    def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        assert param.grad is not None
+    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
             state["sum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        for weight, grad, total in chunks(param, param.grad, state["sum"]):
-            total.addcmul_(grad, grad)
+        for weight, part, total in chunks(param, grad, state["sum"]):
+            total.addcmul_(part, part)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.addcdiv_(grad, total.sqrt().add_(group["eps"]), value=-group["lr"])
+            weight.addcdiv_(part, total.sqrt().add_(group["eps"]), value=-group["lr"])
 
 
 def build(

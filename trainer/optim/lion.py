@@ -7,16 +7,16 @@ second state tensor that it never reads. Both: deepspeed 0.19.8 ops/csrc/include
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from anyshard.configs import schema
-from anyshard.trainer.optim.chunks import chunks
+from anyshard.trainer.optim.elementwise import Elementwise, chunks
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(Elementwise):
     """Lion with decoupled weight decay.
 
     Its steps have the size of the learning rate whatever the gradient, so it wants a learning rate three to ten times
@@ -28,29 +28,15 @@ class Lion(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
-
-    def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
-        assert param.grad is not None
+    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
-        for weight, grad, exp_avg in chunks(param, param.grad, state["exp_avg"]):
-            direction = exp_avg.lerp(grad, 1 - beta1).sign_()
+        for weight, part, exp_avg in chunks(param, grad, state["exp_avg"]):
+            direction = exp_avg.lerp(part, 1 - beta1).sign_()
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
-            exp_avg.lerp_(grad, 1 - beta2)
+            exp_avg.lerp_(part, 1 - beta2)
 
 
 def build(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from anyshard.trainer.optim import chunks
+from anyshard.trainer.optim import elementwise
 from anyshard.trainer.optim.adagrad import Adagrad
 
 
 def test_without_decay_it_is_torchs(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ON_CPU", 7)
+    monkeypatch.setattr(elementwise, "CHUNK_ON_CPU", 7)
     ours, theirs = (nn.Parameter(torch.linspace(-2, 2, 20)) for _ in range(2))
     mine = Adagrad([ours], lr=0.3, eps=1e-10, weight_decay=0.0)
     reference = torch.optim.Adagrad([theirs], lr=0.3, eps=1e-10)

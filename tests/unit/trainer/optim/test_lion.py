@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from anyshard.trainer.optim import chunks
+from anyshard.trainer.optim import elementwise
 from anyshard.trainer.optim.lion import Lion
 
 
@@ -55,5 +55,5 @@ def test_chunks_do_not_change_the_result(transpose: bool, monkeypatch: pytest.Mo
         return param.detach()
 
     whole = trained()
-    monkeypatch.setattr(chunks, "CHUNK_ON_CPU", 4)
+    monkeypatch.setattr(elementwise, "CHUNK_ON_CPU", 4)
     assert torch.equal(trained(), whole)
